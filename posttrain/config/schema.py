@@ -1,0 +1,220 @@
+"""The schema: one dataclass a group, types and ranges only. Values and explanations stand in conf/config.yaml.
+
+A field's metadata may hold min (>=), above (>), max (<=), below (<), for a list those of its items, length (of a list),
+and path (`~` is expanded). Stage dataclasses use the same metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from posttrain.stages.base import Stage
+
+
+def ranged(**limits: float) -> Any:
+    return field(metadata=limits)
+
+
+def path() -> Any:
+    return field(metadata={"path": True})
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and what is changed about it before training."""
+
+    path: str | None = path()
+    tokenizer: str | None = path()
+    revision: str | None
+    gguf_file: str | None
+    init: Literal["weights", "config"]
+    config: dict[str, Any]
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    rope_scaling: dict[str, Any] | None
+    dropout: Literal["none", "keep"]
+    chat_template: str | None = path()
+    trust_remote_code: bool
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters; `name` is the choice adapter=none|lora|qlora."""
+
+    name: Literal["none", "lora", "qlora"]
+    rank: int = ranged(min=1)
+    alpha: float = ranged(above=0)
+    dropout: float = ranged(min=0, below=1)
+    targets: str | list[str]
+    rslora: bool
+    path: str | None = path()
+
+
+@dataclass
+class DataConfig:
+    """Which rows, how they are read, and how they become tokens."""
+
+    train: str | list[str] | None = path()
+    eval: str | list[str] | None = path()
+    eval_fraction: float = ranged(min=0, below=1)
+    train_limit: int | None = ranged(min=1)
+    eval_limit: int | None = ranged(min=1)
+    shuffle: bool
+    mix: list[float] | None = ranged(min=0)
+    format: Literal["auto", "text", "prompt_completion", "messages", "pairs", "groups", "scored", "prompts"]
+    columns: dict[str, str]
+    template: Literal["auto", "chat", "none"]
+    document_separator: str | None
+    max_length: int = ranged(min=2)
+    on_too_long: Literal["drop", "truncate", "split", "error"] | None
+    on_bad_row: Literal["error", "skip"]
+    max_lost_fraction: float = ranged(min=0, max=1)
+    cache: str | None = path()
+
+
+@dataclass
+class BatchConfig:
+    """What one optimizer step holds, and how it is laid out in memory."""
+
+    size: int | None = ranged(min=1)
+    tokens: int | None = ranged(min=1)
+    micro_tokens: int | None = ranged(min=1)
+    micro_size: int | None = ranged(min=1)
+    layout: Literal["auto", "padded", "packed"]
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer; `name` is the choice optim=adamw|..."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+    lr: float = ranged(above=0)
+    betas: list[float] = field(metadata={"min": 0, "below": 1, "length": 2})
+    eps: float = ranged(above=0)
+    weight_decay: float = ranged(min=0)
+    decay_all: bool
+    max_grad_norm: float = ranged(above=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the steps; `name` is the choice schedule=cosine|..."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"]
+    warmup_steps: int | None = ranged(min=0)
+    warmup_fraction: float | None = ranged(min=0, below=1)
+    min_lr_fraction: float = ranged(min=0, max=1)
+    decay_fraction: float = ranged(above=0, max=1)
+
+
+@dataclass
+class PrecisionConfig:
+    """The arithmetic; `name` is the choice precision=fp32|tf32|bf16."""
+
+    name: Literal["fp32", "tf32", "bf16"]
+
+
+@dataclass
+class TrainConfig:
+    """How long, how often to look and to save, and what to continue."""
+
+    steps: int | None = ranged(min=1)
+    epochs: float | None = ranged(above=0)
+    gradient_checkpointing: bool
+    seed: int = ranged(min=0, below=2**32)
+    log_every: int = ranged(min=1)
+    eval_every: int | None = ranged(min=1)
+    save_every: int | None = ranged(min=1)
+    keep_checkpoints: int = ranged(min=1)
+    resume: str = path()
+    patience: int | None = ranged(min=1)
+
+
+@dataclass
+class EvalConfig:
+    """Scores and their intervals."""
+
+    confidence_level: float = ranged(above=0, below=1)
+    resamples: int | None = ranged(min=100)
+    bins: int = ranged(min=1)
+    generate: int = ranged(min=0)
+    max_new_tokens: int = ranged(min=1)
+    verifier: Literal["none", "exact", "number"]
+
+
+@dataclass
+class DistributionConfig:
+    """`name` is the choice distribution=single|ddp."""
+
+    name: Literal["single", "ddp"]
+
+
+@dataclass
+class RunConfig:
+    """Where the run is written, and by how many processes."""
+
+    dir: str | None = path()
+    root: str = path()
+    name: str | None
+    processes: int | None = ranged(min=1)
+
+
+@dataclass
+class LogConfig:
+    """Where metrics go besides metrics.jsonl; `name` is the choice log=local|wandb|tensorboard."""
+
+    name: Literal["local", "wandb", "tensorboard"]
+    project: str
+    entity: str | None
+    mode: Literal["online", "offline", "disabled"]
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "batch": BatchConfig,
+    "optim": OptimConfig,
+    "schedule": ScheduleConfig,
+    "precision": PrecisionConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "distribution": DistributionConfig,
+    "run": RunConfig,
+    "log": LogConfig,
+}
+"""Every section but the stage's own, whose dataclass is the stage itself."""
+
+
+@dataclass
+class Config:
+    """A whole run. stage: an instance of the stage's dataclass, whose fields are stage.*. overrides: as they were typed."""
+
+    stage_name: str
+    stage: Stage
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    precision: PrecisionConfig
+    train: TrainConfig
+    eval: EvalConfig
+    distribution: DistributionConfig
+    run: RunConfig
+    log: LogConfig
+    overrides: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, JSON and YAML alike, in the order of conf/config.yaml; the stage's name is stage.name."""
+        stage = {"name": self.stage_name, **asdict(self.stage)}
+        return {"stage": stage, **{name: asdict(getattr(self, name)) for name in SECTIONS}}
+
+    def to_yaml(self) -> str:
+        """A recipe that gives this config again, whatever the defaults have become by then."""
+        from posttrain.config.layers import dump
+
+        return dump(self.as_dict())

@@ -1,0 +1,148 @@
+"""The order of examples and the steps made of them: pure functions of seed and step, so that any step can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from posttrain.data.batches import Batch, Packing, Rows, collate
+from posttrain.data.split import mix_indices
+from posttrain.data.tokens import TokenDataset
+
+
+@dataclass
+class Step:
+    """One rank's share of an optimizer step.
+
+    tokens, trained_tokens: of the whole step, all ranks (padding not counted).
+    """
+
+    number: int
+    tokens: int
+    trained_tokens: int
+    micro_batches: list[Batch]
+
+
+class Order:
+    """Positions into the dataset, epoch after epoch without a seam.
+
+    Each epoch is a fresh seeded permutation (or the file's own order with shuffle off); with mixing weights an epoch still
+    has as many draws as there are examples, source i giving its share.
+    """
+
+    def __init__(self, sources: np.ndarray, seed: int, shuffle: bool, mix: list[float] | None = None) -> None:
+        self.sources, self.seed, self.shuffle, self.mix = sources, seed, shuffle, mix
+        self._cached: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Draws start .. start+count of the endless order."""
+        size, parts = len(self.sources), []
+        while count > 0:
+            epoch, offset = divmod(start, size)
+            part = self._epoch(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._draw(epoch))
+        return self._cached[1]
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        size = len(self.sources)
+        if self.mix:
+            members = [np.flatnonzero(self.sources == i) for i in range(len(self.mix))]
+            drawn = mix_indices([len(m) for m in members], self.mix, self.seed, epoch)
+            positions = np.concatenate(members)[drawn]
+        else:
+            positions = np.arange(size)
+        if self.shuffle:
+            positions = np.random.default_rng([self.seed, epoch]).permutation(positions)
+        return positions
+
+
+class Loader:
+    """Steps over a dataset; `size` Groups each, or as many as first reach `tokens` tokens."""
+
+    def __init__(
+        self,
+        data: TokenDataset,
+        order: Order,
+        packing: Packing,
+        size: int | None,
+        tokens: int | None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.data, self.order, self.packing = data, order, packing
+        self.size, self.tokens, self.rank, self.world = size, tokens, rank, world
+
+    def count_steps(self, epochs: float) -> int:
+        """Optimizer steps in this many epochs; the last may be smaller."""
+        draws = round(epochs * len(self.data))
+        if self.size:
+            return -(-draws // self.size)
+        steps = start = 0
+        while start < draws:
+            start, steps = start + self._count(start, draws), steps + 1
+        return steps
+
+    def steps(self, first: int, last: int, draws: int | None = None) -> Iterator[Step]:
+        """Steps first .. last-1, counted from 0; `draws` cuts the last step of an epoch-counted run."""
+        start = first * self.size if self.size else sum(self._sizes(first, draws))
+        for number in range(first, last):
+            count = self._count(start, draws)
+            yield self._step(number, self.order.take(start, count))
+            start += count
+
+    def _sizes(self, steps: int, draws: int | None) -> Iterator[int]:
+        start = 0
+        for _ in range(steps):
+            count = self._count(start, draws)
+            yield count
+            start += count
+
+    def _count(self, start: int, draws: int | None) -> int:
+        """Groups in the step that begins at this draw."""
+        left = None if draws is None else draws - start
+        if self.size:
+            return self.size if left is None else min(self.size, left)
+        assert self.tokens
+        count = total = 0
+        while total < self.tokens and (left is None or count < left):
+            total += int(self.data.lengths[self.order.take(start + count, 1)[0]])
+            count += 1
+        return count
+
+    def _step(self, number: int, positions: np.ndarray) -> Step:
+        plan = self.packing.plan(self.data.longest[positions], self.world)
+        mine = plan[self.rank :: self.world]
+        micro_batches = [self._micro(positions, rows) for rows in mine]
+        trained, tokens = int(self.data.trained[positions].sum()), int(self.data.lengths[positions].sum())
+        return Step(number, tokens, trained, micro_batches)
+
+    def _micro(self, positions: np.ndarray, rows: Rows) -> Batch:
+        if not rows:  # keeps this rank in step with the others: any example, counted with weight 0
+            return collate(self.data.groups(positions[:1]), [[0]], self.packing.layout).empty()
+        return gather(self.data, positions, rows, self.packing.layout)
+
+
+def gather(data: TokenDataset, positions: np.ndarray, rows: Rows, layout: str) -> Batch:
+    """Read the rows' Groups and make their tensors."""
+    used = [i for row in rows for i in row]
+    local = {i: n for n, i in enumerate(used)}
+    groups = data.groups(positions[used])
+    return collate(groups, [[local[i] for i in row] for row in rows], layout)
+
+
+def evaluation_batches(
+    data: TokenDataset, packing: Packing, rank: int = 0, world: int = 1
+) -> list[tuple[np.ndarray, Rows]]:
+    """This rank's evaluation batches, composed once and the same for any number of ranks."""
+    if not len(data):
+        return []
+    positions = np.arange(len(data))
+    return [(positions, rows) for rows in packing.plan(data.longest)[rank::world]]

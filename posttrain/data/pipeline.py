@@ -1,0 +1,255 @@
+"""Sources → rows → Groups → TokenGroups → an Arrow file each for training and evaluation, made once and found again.
+
+The split is by content hash, before anything is tokenised or sharded, so that every rank and every later run holds out the
+same examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.data import embedded
+from posttrain.data.columns import Survey
+from posttrain.data.formats import Detected, Report, describe, detect_format, to_groups
+from posttrain.data.sources import expand_sources, fingerprint, is_text_stream, read_rows
+from posttrain.data.split import split
+from posttrain.data.text import text_blocks
+from posttrain.data.tokenize import Counts, Encoding, Tokenizer
+from posttrain.data.tokens import TokenDataset, TokenGroup, Writer, read
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    from posttrain.config import DataConfig
+    from posttrain.stages.base import Stage
+
+VERSION = 1
+"""Raise when the same text would become other tokens: cached files of other versions are not found."""
+
+
+@dataclass
+class Prepared:
+    """Tokenised data. lines: what a user should know about it, in words. lost: share of Groups not trained on."""
+
+    train: TokenDataset
+    eval: TokenDataset
+    lines: list[str]
+    counts: dict[str, Any]
+    fingerprint: str
+    directory: Path
+    reused: bool = False
+
+
+@dataclass
+class Source:
+    """One file, hub id or embedded kind, and how it is read."""
+
+    name: str
+    number: int
+    side: str
+    detected: Detected | None = None
+    report: Report = field(default_factory=Report)
+
+
+def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepared:
+    """Tokenise data.train and data.eval, or find what an earlier run tokenised from the same content."""
+    sources = [Source(s, i, "train") for i, s in enumerate(list_sources(data.train))]
+    sources += [Source(s, len(sources) + i, "eval") for i, s in enumerate(list_sources(data.eval) if data.eval else [])]
+    encoding = encoding_of(data, tokenizer, stage, sources)
+    key = cache_key(data, encoding, tokenizer, stage, sources, seed)
+    directory = cache_root(data) / key
+    reused = (directory / "counts.json").is_file()
+    if not reused:
+        _build(directory, data, encoding, tokenizer, stage, sources, seed)
+    facts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+    train, held_out = (TokenDataset(read(directory / f"{side}.arrow")) for side in ("train", "eval"))
+    return Prepared(train, held_out, facts["lines"], facts["counts"], key, directory, reused)
+
+
+def list_sources(value: Any) -> list[str]:
+    """data.train as a list of sources; `embedded:KIND[:COUNT][:held_out]` names the package's own data."""
+    entries = [value] if isinstance(value, str) else list(value)
+    return [s for entry in entries for s in ([entry] if _is_embedded(entry) else expand_sources(entry))]
+
+
+def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage, sources: list[Source]) -> Encoding:
+    """How this run's text becomes tokens, with everything that was left to `auto` decided."""
+    template = data.template
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "none"
+    policy = data.on_too_long or ("split" if stage.splits_long_documents else "drop")
+    if policy == "split" and not stage.splits_long_documents:
+        raise DataError(
+            "data.on_too_long=split cuts documents into windows, which only pretrain can use; try drop or truncate"
+        )
+    train_on = getattr(stage, "train_on", "all")
+    return Encoding(template, data.max_length, policy, train_on, stage.splits_long_documents)
+
+
+def cache_root(data: DataConfig) -> Path:
+    """data.cache, else the user's cache folder."""
+    if data.cache:
+        return Path(data.cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "posttrain" / "tokens"
+
+
+def cache_key(
+    data: DataConfig, encoding: Encoding, tokenizer: Any, stage: Stage, sources: list[Source], seed: int
+) -> str:
+    """Changes with whatever decides the tokens: file contents, reading options, tokenizer, template, split."""
+    options = asdict(data)
+    for name in ("cache", "shuffle", "mix", "max_lost_fraction", "train", "eval"):
+        options.pop(name, None)
+    parts = {
+        "version": VERSION,
+        "sources": [(s.side, s.name if _is_embedded(s.name) else fingerprint(s.name)) for s in sources],
+        "options": options,
+        "encoding": asdict(encoding),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "stage": (type(stage).__name__, seed),
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Changes with the vocabulary, the merges, the special tokens or the template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    core = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    specials = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.blake2b(f"{core}{specials}{tokenizer.chat_template}".encode(), digest_size=12).hexdigest()
+
+
+def _build(
+    directory: Path,
+    data: DataConfig,
+    encoding: Encoding,
+    tokenizer: Any,
+    stage: Stage,
+    sources: list[Source],
+    seed: int,
+) -> None:
+    """Write the directory under another name and rename it: it is complete or absent."""
+    for source in sources:
+        source.detected = _detect(source, data, stage)
+    scratch = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        facts = _tokenize(scratch, data, encoding, tokenizer, stage, sources, seed)
+        (scratch / "counts.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
+        if not directory.exists():
+            scratch.rename(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _detect(source: Source, data: DataConfig, stage: Stage) -> Detected | None:
+    """The format of one source, from the columns of all its rows; None for a text stream, which has no rows."""
+    if is_text_stream(source.name, data.document_separator) and not _is_embedded(source.name):
+        found: Detected | None = None
+        format = "text"
+    else:
+        survey = Survey().add(row for _, row in _rows(source, data))
+        found = detect_format(survey, data.format, dict(data.columns or {}), source=source.name)
+        format = found.format
+    if stage.data_formats and format not in stage.data_formats:
+        name = type(stage).__module__.rpartition(".")[2]
+        other = "; stage=pretrain trains on plain text" if format == "text" else ""
+        raise DataError(
+            f"{source.name}: found the format {format}, but stage={name} trains on {', '.join(stage.data_formats)}{other}"
+        )
+    return found
+
+
+def _tokenize(
+    scratch: Path, data: DataConfig, encoding: Encoding, tokenizer: Any, stage: Stage, sources: list[Source], seed: int
+) -> dict[str, Any]:
+    worker, notes = Tokenizer(tokenizer, encoding, data.on_bad_row), Counter[str]()
+    fraction = 0.0 if any(source.side == "eval" for source in sources) else data.eval_fraction
+    train = Writer(scratch / "train.arrow", data.train_limit)
+    held_out = Writer(scratch / "eval.arrow", data.eval_limit)
+    for source in sources:
+        for batch in _batches(_token_groups(source, data, worker, stage, notes)):
+            is_eval = split([group.cluster for group in batch], fraction, seed)
+            sides = zip(batch, is_eval, strict=True)
+            if source.side == "eval":
+                held_out.write(batch)
+            else:
+                sides = list(sides)
+                train.write([group for group, held in sides if not held])
+                held_out.write([group for group, held in sides if held])
+            if (held_out if source.side == "eval" else train).full and (held_out.full or not fraction):
+                break
+    for writer in (train, held_out):
+        writer.close()
+    if not train.count:
+        raise DataError(_nothing_left(worker.counts, encoding))
+    _stop_if_lost(worker.counts, sources, data, encoding)
+    lines = [f"{s.name}: {describe(s.detected)}" if s.detected else f"{s.name}: one stream of text" for s in sources]
+    lines += [line for s in sources for line in s.report.lines()]
+    lines += [f"{count:,} {what}" for what, count in notes.items()]
+    lines += worker.counts.lines(encoding)
+    return {"counts": {**asdict(worker.counts), "train": train.count, "eval": held_out.count}, "lines": lines}
+
+
+def _token_groups(
+    source: Source, data: DataConfig, worker: Tokenizer, stage: Stage, notes: Counter[str]
+) -> Iterator[TokenGroup]:
+    if source.detected is None:
+        stream = worker.stream(text_blocks(source.name), source.name)
+    else:
+        rows = ((source.name, number, row) for number, row in _rows(source, data))
+        groups = to_groups(rows, source.detected, data.on_bad_row, source.report)
+        stream = worker.groups(stage.groups(groups, notes))
+    for group in stream:
+        group.source = source.number
+        yield group
+
+
+def _rows(source: Source, data: DataConfig) -> Iterable[tuple[int, dict[str, Any]]]:
+    if not _is_embedded(source.name):
+        return read_rows(source.name, data.document_separator)
+    _, kind, *rest = source.name.split(":")
+    held_out = "held_out" in rest
+    count = next((int(part) for part in rest if part.isdigit()), 1_000)
+    return enumerate(embedded.rows(kind, count, held_out=held_out), 1)
+
+
+def _batches(groups: Iterator[TokenGroup], size: int = 1_000) -> Iterator[list[TokenGroup]]:
+    while part := list(islice(groups, size)):
+        yield part
+
+
+def _is_embedded(source: str) -> bool:
+    return str(source).startswith("embedded:")
+
+
+def _nothing_left(counts: Counts, encoding: Encoding) -> str:
+    if counts.too_long:
+        return (
+            f"all examples are longer than data.max_length={encoding.max_length} tokens ({counts.too_long:,} of them); "
+            "raise it, or set data.on_too_long=truncate"
+        )
+    if counts.nothing_trained:
+        return f"no example has a token to train on ({counts.nothing_trained:,} were read); look at them with posttrain inspect"
+    return "no example is left to train on after holding out data.eval_fraction; give more rows, or a smaller fraction"
+
+
+def _stop_if_lost(counts: Counts, sources: list[Source], data: DataConfig, encoding: Encoding) -> None:
+    """Losing a few examples is told; losing many stops the run."""
+    skipped = sum(source.report.skipped for source in sources)
+    lost, total = counts.lost + skipped, counts.groups + skipped
+    if total and lost / total > data.max_lost_fraction:
+        told = "; ".join([*counts.lines(encoding), *([f"{skipped:,} bad rows skipped"] if skipped else [])])
+        raise DataError(
+            f"{lost:,} of {total:,} examples ({lost / total:.0%}) would not be trained on, more than "
+            f"data.max_lost_fraction={data.max_lost_fraction:g} allows: {told}"
+        )

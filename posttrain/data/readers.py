@@ -1,0 +1,122 @@
+"""One reader a file kind: each yields (row number from 1, row) and names the place of what it cannot read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from posttrain.data.text import open_text, reading
+from posttrain.errors import DataError
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
+EXCERPT_CHARS = 60
+
+
+def excerpt(value: Any, max_chars: int = EXCERPT_CHARS) -> str:
+    """A value as an error shows it: its beginning, on one line."""
+    shown = repr(value[: max_chars + 1] if isinstance(value, str) else value)
+    return shown if len(shown) <= max_chars else shown[:max_chars] + "…"
+
+
+def json_lines(path: str) -> Rows:
+    """.jsonl and .ndjson, streamed. The row number is the line number, so that an editor finds it; blank lines pass."""
+    with reading(path), open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise _broken(path, number, error, line, opens_list=line.strip() == "[") from None
+            yield number, _an_object(path, "line", number, row)
+
+
+def json_document(path: str) -> Rows:
+    """.json: a list of objects, one object, or (as many hubs name it) JSON lines."""
+    with reading(path), open_text(path) as file:
+        text = file.read()
+    if not text.strip():
+        return
+    try:
+        whole = json.loads(text)
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and text.lstrip()[0] == "{":
+            yield from json_lines(path)
+            return
+        number = getattr(error, "lineno", 1)
+        raise _broken(path, number, error, text.split("\n")[number - 1]) from None
+    for number, row in enumerate(whole if isinstance(whole, list) else [whole], 1):
+        yield number, _an_object(path, "row", number, row)
+
+
+def _broken(path: str, number: int, error: ValueError, line: str, opens_list: bool = False) -> DataError:
+    at = getattr(error, "colno", 1)
+    reason = getattr(error, "msg", str(error))
+    near = excerpt(line[max(at - 21, 0) : at + 20].rstrip())
+    advice = "a list over several lines is a .json, not a .jsonl" if opens_list else "fix or remove it"
+    return DataError(f"{path}, line {number}, column {at}: broken JSON: {reason}, near {near}; {advice}")
+
+
+def _an_object(path: str, unit: str, number: int, row: Any) -> dict[str, Any]:
+    if isinstance(row, dict):
+        return row
+    raise DataError(
+        f"{path}, {unit} {number}: found {type(row).__name__} ({excerpt(row)}), accepted: an object such as "
+        '{"prompt": ..., "completion": ...}'
+    )
+
+
+def delimited(path: str, delimiter: str) -> Rows:
+    """.csv and .tsv with a header, streamed. Every value is text; an empty cell is None: csv has no other null."""
+    csv.field_size_limit(sys.maxsize)  # the default refuses a cell of 128 kB, which a long document is
+    with reading(path), open_text(path, newline="") as file:
+        table = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next((cells for cells in table if cells), [])
+            _check_header(path, header, delimiter)
+            number = 0
+            for cells in table:
+                if not cells:
+                    continue
+                number += 1
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}, row {number} (line {table.line_num}): {len(cells)} cells, but the header names "
+                        f"{len(header)} columns ({', '.join(header)}); quote cells that hold {delimiter!r} or newlines"
+                    )
+                yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {table.line_num}: broken csv: {error}; is a quote left open or not doubled?"
+            ) from None
+
+
+def _check_header(path: str, header: list[str], delimiter: str) -> None:
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}, line 1: the header names {', '.join(map(repr, twice))} twice; rename one")
+    if len(header) == 1 and (other := next((d for d in ",;\t" if d != delimiter and d in header[0]), None)):
+        raise DataError(
+            f"{path}, line 1: the header {excerpt(header[0])} is one column separated by {delimiter!r}, "
+            f"but holds {other!r}; name a tab-separated file .tsv, and write others with ','"
+        )
+
+
+def parquet(path: str) -> Rows:
+    """.parquet, a thousand rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with reading(path):
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1000):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: not a readable parquet file: {error}; was it copied whole?") from error

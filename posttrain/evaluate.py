@@ -1,0 +1,196 @@
+"""Records → metrics. One row of fp64 sums an example, gathered from all ranks and sorted by id before anything is summed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from posttrain import stats
+from posttrain.data.batches import Packing
+from posttrain.data.loader import evaluation_batches, gather
+from posttrain.data.tokens import TokenDataset, TokenGroup
+from posttrain.rollout import generate
+from posttrain.stages.base import Records, Stage
+from posttrain.verify import VERIFIERS
+
+if TYPE_CHECKING:
+    from posttrain.config import EvalConfig
+    from posttrain.models.networks import Networks
+    from posttrain.runtime import Runtime
+
+WHILE_TRAINING, AT_THE_END = 1_000, 10_000
+CONTINUATION_PROMPT = 16
+"""Tokens of a plain document that are given when it is continued."""
+
+
+@dataclass
+class Sample:
+    """One generated answer. verdict: right, wrong, or None where it was not verified or could not be read."""
+
+    id: str
+    prompt: str
+    answer: str
+    reference: str
+    finished: bool
+    verdict: bool | None = None
+    verified: bool = False
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation found; `records` and `samples` are on rank 0 only."""
+
+    step: int
+    metrics: dict[str, Any]
+    ids: list[str] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
+    records: Records = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+    def value(self, name: str) -> float:
+        """The value of one metric; NaN where there is none."""
+        found = self.metrics.get(name)
+        value = getattr(found, "value", found)
+        return float("nan") if value is None else float(value)
+
+
+class Evaluator:
+    """Scores a stage on its evaluation data; batches are composed once, the same for any number of ranks."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        networks: Networks,
+        data: TokenDataset,
+        packing: Packing,
+        runtime: Runtime,
+        options: EvalConfig,
+        ends: set[int],
+        seed: int,
+    ) -> None:
+        self.stage, self.networks, self.data, self.packing = stage, networks, data, packing
+        self.runtime, self.options, self.ends, self.seed = runtime, options, ends, seed
+        self.batches = evaluation_batches(data, packing, runtime.rank, runtime.world)
+
+    @torch.no_grad()
+    def __call__(self, step: int, final: bool = False, samples: bool = False) -> Evaluation:
+        """Records and metrics at this step; with `samples` also generated answers."""
+        self.networks.train(False)
+        parts: list[tuple[list[str], list[str], Records]] = []
+        for positions, rows in self.batches:
+            batch = gather(self.data, positions, rows, self.packing.layout).to(self.runtime.device)
+            records = self.stage.score(self.networks, batch, self.options.bins)
+            owners = batch.group.tolist()
+            parts.append(([batch.ids[g] for g in owners], [batch.clusters[g] for g in owners], records))
+        answers = self._generate() if samples and self.options.generate else []
+        parts, answers = self.runtime.gather(parts), self.runtime.gather(answers)
+        self.networks.train(True)
+        evaluation = self._summarise(step, parts, answers, final) if self.runtime.is_main else None
+        metrics = self.runtime.share(evaluation.metrics if evaluation else None)
+        return evaluation or Evaluation(step, metrics)
+
+    def _summarise(self, step: int, parts: list[Any], answers: list[Sample], final: bool) -> Evaluation:
+        if not parts:
+            return Evaluation(step, {}, samples=answers)
+        ids = [i for part in parts for i in part[0]]
+        clusters = [c for part in parts for c in part[1]]
+        columns = {name: np.concatenate([part[2][name] for part in parts]) for name in parts[0][2]}
+        order = np.argsort(np.array(ids), kind="stable")
+        ids, clusters = [ids[i] for i in order], [clusters[i] for i in order]
+        columns = {name: column[order] for name, column in columns.items()}
+        answers = sorted(answers, key=lambda sample: sample.id)
+        self._add_accuracy(columns, ids, answers)
+        return Evaluation(step, self._metrics(columns, ids, clusters, final), ids, clusters, columns, answers)
+
+    def _metrics(self, columns: Records, ids: list[str], clusters: list[str], final: bool) -> dict[str, Any]:
+        resamples = self.options.resamples or (AT_THE_END if final else WHILE_TRAINING)
+        metrics: dict[str, Any] = dict(
+            stats.summarise(
+                {name: column for name, column in columns.items() if name != "accuracy"},
+                ids,
+                clusters,
+                level=self.options.confidence_level,
+                resamples=resamples,
+                seed=self.seed,
+                bins=self.options.bins,
+            )
+        )
+        if "accuracy" in columns:
+            scored = columns["accuracy"][~np.isnan(columns["accuracy"])]
+            metrics["accuracy"] = stats.wilson(scored.sum(), len(scored), level=self.options.confidence_level)
+        return metrics
+
+    def _add_accuracy(self, columns: Records, ids: list[str], answers: list[Sample]) -> None:
+        """1 right, 0 wrong or unreadable, NaN where no answer was asked for."""
+        verdicts = {sample.id: float(bool(sample.verdict)) for sample in answers if sample.verified}
+        if verdicts:
+            columns["accuracy"] = np.array([verdicts.get(i, np.nan) for i in ids])
+
+    def _generate(self) -> list[Sample]:
+        chosen = np.argsort(np.array(self.data.column("id")), kind="stable")[: self.options.generate]
+        groups = self.data.groups(chosen[self.runtime.rank :: self.runtime.world])
+        tokenizer = self.networks.tokenizer
+        prompts = [prompt_tokens(group) for group in groups]
+        with self.runtime.autocast():
+            generated = generate(
+                self.networks.module,
+                prompts,
+                self.ends,
+                tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                self.options.max_new_tokens,
+                device=self.runtime.device,
+            )
+        verify = VERIFIERS.get(self.options.verifier)
+        samples = []
+        for group, prompt, answer in zip(groups, prompts, generated, strict=True):
+            text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+            reference = reference_answer(group)
+            verdict = verify(text, reference) if verify else None
+            shown = tokenizer.decode(prompt)
+            samples.append(Sample(group.id, shown, text, reference, answer.finished, verdict, verify is not None))
+        return samples
+
+
+def prompt_tokens(group: TokenGroup) -> list[int]:
+    """What generation is given: the prompt, or the beginning of a plain document."""
+    if json.loads(group.text)["prompt"] is not None:
+        return group.prompt
+    whole = group.prompt + group.responses[0]
+    return whole[: min(CONTINUATION_PROMPT, (len(whole) + 1) // 2)]
+
+
+def reference_answer(group: TokenGroup) -> str:
+    """The row's `answer` column, else its response."""
+    text = json.loads(group.text)
+    if "answer" in text["columns"]:
+        return str(text["columns"]["answer"])
+    response = text["responses"][0]
+    return response if isinstance(response, str) else str(response[-1]["content"])
+
+
+def write_records(path: Path, evaluation: Evaluation) -> None:
+    """Per-example records, one row an example, for comparing runs without running a model."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, Any] = {"id": evaluation.ids, "cluster": evaluation.clusters}
+    for name, column in evaluation.records.items():
+        columns[name] = column if column.ndim == 1 else list(column)
+    scratch = path.with_suffix(".tmp")
+    pq.write_table(pa.table(columns), scratch)
+    scratch.replace(path)
+
+
+def read_records(path: Path) -> tuple[list[str], list[str], Records]:
+    """ids, clusters and columns as they were written."""
+    table = pq.read_table(path)
+    columns = {}
+    for name in table.column_names[2:]:
+        values = table[name].to_numpy(zero_copy_only=False)
+        columns[name] = np.stack(list(values)) if values.dtype == object else values
+    return table["id"].to_pylist(), table["cluster"].to_pylist(), columns

@@ -1,0 +1,63 @@
+"""What is pooled between two log lines: sums and counts over micro-batches, ranks and steps, divided once when told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from posttrain.runtime import Runtime
+from posttrain.stages.base import Loss
+
+Pooled = dict[str, list[Any]]
+TERM = "term/"
+ALIKE = ("grad_norm", "clipped")
+"""Known to every rank alike: never summed over ranks."""
+
+
+class Meter:
+    """sums: name → [sum, count]; losses stay on their device until a line is due, so that no step waits for them."""
+
+    def __init__(self, runtime: Runtime, weights: dict[str, float], sums: Pooled) -> None:
+        self.runtime, self.weights, self.sums = runtime, weights, sums
+        self.tokens, self.seconds, self.steps = 0, 0.0, 0
+
+    def add_loss(self, loss: Loss, counts: dict[str, float]) -> None:
+        """One micro-batch's terms and stats."""
+        for name, term in loss.terms.items():
+            self._add(f"{TERM}{name}", term.detach(), counts[name])
+        for name, (total, count) in loss.stats.items():
+            self._add(name, total, count)
+
+    def add_step(self, norm: float, max_norm: float, tokens: int, seconds: float) -> None:
+        """One optimizer step; this process's first is not timed, for it warms up."""
+        self._add("grad_norm", norm, 1.0)
+        self._add("clipped", float(norm > max_norm), 1.0)
+        self.steps += 1
+        if self.steps > 1:
+            self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over optimizer-step time, all ranks."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def state(self) -> dict[str, list[float]]:
+        """The sums as numbers, for a checkpoint."""
+        return {name: [float(total), float(count)] for name, (total, count) in self.sums.items()}
+
+    def flush(self) -> dict[str, float]:
+        """Each sum over all ranks divided by its count, and `loss`, the weighted terms; then start afresh."""
+        sums, self.sums = self.state(), {}
+        flat = {f"{name}/{i}": v for name, pair in sums.items() if name not in ALIKE for i, v in enumerate(pair)}
+        flat = self.runtime.global_sum(flat)
+        means = {name: flat[f"{name}/0"] / max(flat[f"{name}/1"], 1e-9) for name in sums if name not in ALIKE}
+        means |= {name: sums[name][0] / sums[name][1] for name in ALIKE if name in sums}
+        terms = {name: means.pop(name) for name in list(means) if name.startswith(TERM)}
+        loss = sum(self.weights.get(name.removeprefix(TERM), 1.0) * value for name, value in terms.items())
+        return {"loss": loss, **means}
+
+    def _add(self, name: str, total: Tensor | float, count: float) -> None:
+        pair = self.sums.setdefault(name, [0.0, 0.0])
+        pair[0] = pair[0] + (total.double() if isinstance(total, Tensor) else total)
+        pair[1] += count

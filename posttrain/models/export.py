@@ -1,0 +1,60 @@
+"""Saving models so that others load them: transformers for whole models, peft for adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.models.networks import Networks
+
+
+def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch.dtype | None = None) -> None:
+    """Weights (or adapter), config, generation_config and tokenizer.
+
+    ends: what generation must stop at; saved in generation_config, beside what was there. dtype: of the saved weights;
+    None keeps them exactly as they are trained.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    network: Any = networks.module.network
+    _set_generation_config(network, networks.tokenizer, ends)
+    if networks.module.model is not network:
+        networks.module.model.save_pretrained(directory, save_embedding_layers=False)
+        network.generation_config.save_pretrained(directory)
+    elif dtype is None or dtype == network.dtype:
+        network.save_pretrained(directory)
+    else:
+        state = {name: _cast(tensor, dtype) for name, tensor in network.state_dict().items()}
+        trained_in, network.config.dtype = network.config.dtype, dtype
+        network.save_pretrained(directory, state_dict=state)
+        network.config.dtype = trained_in
+        _write_dtype(directory, dtype)
+    networks.tokenizer.save_pretrained(directory)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_dtype(directory: Path, dtype: torch.dtype) -> None:
+    """The library writes the dtype the model has in memory; the file must name the one its weights have."""
+    import json
+
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _set_generation_config(network: Any, tokenizer: Any, ends: set[int]) -> None:
+    config = network.generation_config
+    had = config.eos_token_id
+    known = set() if had is None else set(had) if isinstance(had, list) else {had}
+    stops = sorted(known | ends)
+    config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if not config.do_sample:  # the library refuses to save sampling settings beside greedy decoding
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(config, name, None)

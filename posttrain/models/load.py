@@ -1,0 +1,195 @@
+"""From `model.*` to a tokenizer, a config and a causal language model; everything that can be refused is refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from posttrain.errors import ModelError
+from posttrain.models import embedded
+
+if TYPE_CHECKING:
+    from posttrain.config import ModelConfig
+
+transformers_logging.disable_progress_bar()
+
+NOT_DECODERS = {
+    "bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "bert-generation", "big_bird", "data2vec-text",
+    "ernie", "megatron-bert", "rembert", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta-xl", "xmod",
+    "prophetnet", "bart", "mbart", "marian", "pegasus", "blenderbot", "plbart", "trocr", "whisper", "mvp",
+    "bigbird_pegasus", "blenderbot-small", "xlnet", "reformer", "cpmant", "git",
+}  # fmt: skip
+"""Model types the library lists as causal but that are encoders, halves of encoder-decoders, or prefix-masked."""
+
+
+def resolve_path(path: str) -> str:
+    """A directory as it is, `embedded` as the package's own, anything else as a hub id (checked for its form)."""
+    if path == "embedded":
+        return str(embedded.DIRECTORY)
+    if Path(path).expanduser().exists():
+        return str(Path(path).expanduser())
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
+        parent = Path(path).expanduser().parent
+        siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        near = difflib.get_close_matches(Path(path).name, siblings, n=1)
+        hint = f"; did you mean {parent / near[0]}?" if near else ""
+        raise ModelError(f"model.path={path} does not exist{hint}")
+    return path
+
+
+def load_config(model: ModelConfig) -> PreTrainedConfig:
+    """The architecture, with `model.config.*`, rope_scaling and dropout applied; refuses what is no causal decoder."""
+    path = resolve_path(model.path)
+    try:
+        config = AutoConfig.from_pretrained(path, **_source(model))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_read(model, "config", error)) from error
+    _refuse_other_architectures(config, model)
+    _override(config, dict(model.config or {}))
+    if model.rope_scaling:
+        _scale_rope(config, model.rope_scaling)
+    if model.dropout != "keep":
+        for name, value in vars(config).items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(config, name, 0.0)
+    return config
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer, with `model.chat_template` (a file or the template itself) in place of its own."""
+    path = resolve_path(model.tokenizer or model.path)
+    source = _source(model) if not model.tokenizer else {"trust_remote_code": model.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+    except Exception as error:  # the library raises a dozen kinds here, all of them meaning "no usable tokenizer"
+        raise ModelError(_cannot_read(model, "tokenizer", error)) from error
+    if model.chat_template:
+        file = Path(model.chat_template).expanduser()
+        is_file = len(model.chat_template) < 4096 and "{" not in model.chat_template
+        if is_file and not file.is_file():
+            raise ModelError(f"model.chat_template={model.chat_template} is neither a file nor a Jinja template")
+        tokenizer.chat_template = file.read_text(encoding="utf-8") if is_file else model.chat_template
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {model.path} has no end-of-text token; set eos_token in its config")
+    return tokenizer
+
+
+def load_model(
+    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, seed: int, quantization: Any = None
+) -> PreTrainedModel:
+    """Weights in `dtype` on the CPU (or quantised), or random ones from the config for model.init=config."""
+    attention = {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
+    if model.init == "config":
+        torch.manual_seed(seed)
+        remote = {"trust_remote_code": model.trust_remote_code}
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention, **remote)
+    else:
+        network = _load_weights(model, config, dtype, attention, quantization)
+    if not quantization:
+        _own_memory(network)
+    return network
+
+
+def _load_weights(
+    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, attention: dict[str, str], quantization: Any
+) -> PreTrainedModel:
+    path = resolve_path(model.path)
+    extra = {"quantization_config": quantization} if quantization else {}
+    try:
+        network, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, **attention, **extra, **_source(model)
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(_cannot_read(model, "weights", error)) from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{model.path} lacks {len(missing)} of the weights its config asks for (first: {', '.join(missing[:3])}); "
+            "use a complete checkpoint, or model.init=config for random weights"
+        )
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise ModelError(f"the weights of {model.path} do not fit model.config: {', '.join(mismatched[:3])}")
+    return network
+
+
+def _source(model: ModelConfig) -> dict[str, Any]:
+    source: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.revision:
+        source["revision"] = model.revision
+    if model.gguf_file:
+        source["gguf_file"] = model.gguf_file
+    return source
+
+
+def _own_memory(network: PreTrainedModel) -> None:
+    """Copy loaded weights out of the mapped file: a tensor's alignment there changes one-row products, so that a run
+    resumed from another file would differ in the last bit."""
+    seen: set[int] = set()
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.data_ptr() not in seen:
+            tensor.data = tensor.data.clone()
+            seen.add(tensor.data_ptr())
+
+
+def _refuse_other_architectures(config: PreTrainedConfig, model: ModelConfig) -> None:
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False) or kind in NOT_DECODERS:
+        raise ModelError(
+            f"{model.path} is a {kind} model: an encoder, encoder-decoder or prefix model. "
+            "posttrain trains causal decoders only (llama, qwen, mistral, gemma, gpt2, ...)"
+        )
+    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (remote and model.trust_remote_code):
+        hint = "; its code comes with it: model.trust_remote_code=true runs that code" if remote else ""
+        raise ModelError(f"{model.path} is a {kind} model, which transformers has no causal language model for{hint}")
+
+
+def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            near = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f"; did you mean model.config.{near[0]}?" if near else ""
+            raise ModelError(f"model.config.{key} is not a key of the {config.model_type} architecture{hint}")
+        setattr(config, key, value)
+
+
+def _scale_rope(config: PreTrainedConfig, scaling: dict[str, Any]) -> None:
+    """rope_scaling = {type, factor, ...} as the library defines them; ntk: θ ← b·s^{d/(d-2)}, no other change."""
+    scaling = dict(scaling)
+    kind, current = scaling.pop("type", scaling.pop("rope_type", None)), getattr(config, "rope_parameters", None)
+    allowed = ("linear", "dynamic", "yarn", "llama3", "longrope", "ntk")
+    if kind not in allowed:
+        raise ModelError(f"model.rope_scaling.type={kind}; allowed: {', '.join(allowed)}")
+    if not current or "rope_theta" not in current:
+        raise ModelError(
+            f"model.rope_scaling: the {config.model_type} architecture has no single rotary embedding to scale"
+        )
+    if kind == "ntk":
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        theta = float(current["rope_theta"]) * float(scaling["factor"]) ** (size / (size - 2))
+        config.rope_parameters = {**current, "rope_theta": theta}
+    else:
+        if kind in ("yarn", "llama3", "longrope", "dynamic"):
+            scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        config.rope_parameters = {**current, **scaling, "rope_type": kind}
+    if "factor" in scaling:
+        config.max_position_embeddings = int(config.max_position_embeddings * float(scaling["factor"]))
+
+
+def _cannot_read(model: ModelConfig, what: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    path = resolve_path(model.path)
+    if Path(path).is_dir():
+        found = ", ".join(sorted(p.name for p in Path(path).iterdir())[:8]) or "nothing"
+        return f"cannot read the {what} of model.path={model.path} (it holds: {found}): {first_line}"
+    return (
+        f"cannot read the {what} of model.path={model.path}: no such directory, and the hub gave: {first_line}. "
+        "Give a directory with config.json and weights, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+    )

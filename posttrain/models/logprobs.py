@@ -1,0 +1,237 @@
+"""Token log-probabilities without a (B, L, V) tensor: the output layer runs at chosen positions only, in chunks.
+
+Two ways through the same chunk arithmetic:
+
+- `weighted_nll`: the caller knows each token's weight before the forward pass (pretrain, sft), so the objective
+  Σ_t w_t · nll_t and its gradient are both formed chunk by chunk in the forward pass; backward multiplies by a scalar.
+- `token_logprobs`: log π(y_t | ...) per token, differentiable with any weights; backward recomputes each chunk's logits.
+
+Products run in the autocast dtype where autocast is on, everything after the logits in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 256 * 2**20
+"""Size of one chunk's fp32 logits; bounds the memory of the output layer whatever the batch."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to its logits after the output layer: z ← cap·tanh(scale·z / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Turn ∂/∂(transformed) into ∂/∂(raw) in place; `logits` are the transformed ones."""
+        if self.softcap is not None:
+            grad.mul_(1 - (logits / self.softcap) ** 2)
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+
+@dataclass
+class TokenStatistics:
+    """Detached per-token numbers, each [N], fp32 (top1_hit: bool)."""
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    top1_hit: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+def chunks(count: int, vocab_size: int) -> Iterator[slice]:
+    """Slices of `count` tokens whose fp32 logits stay within CHUNK_BYTES."""
+    size = max(16, CHUNK_BYTES // (4 * vocab_size))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def weighted_nll(
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    weights: Tensor,
+    transform: LogitTransform | None = None,
+    smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Σ_t w_t·[-(1-ε) log π_t - (ε/V) Σ_v log π_v] and the detached log-probs.
+
+    Args:
+        hidden: [N, H], the states that predict `targets` [N]; weights: [N], known before backward.
+        head: the output layer; a plain linear one gets its gradient formed here, any other goes through autograd.
+        smoothing: ε in [0, 1).
+
+    Returns:
+        The scalar objective (nats) and log π(target) [N], fp32.
+    """
+    transform = transform or LogitTransform()
+    if is_plain_linear(head):
+        return _WeightedNLL.apply(hidden, head.weight, head.bias, targets, weights, transform, smoothing)
+    objective, logprobs = hidden.new_zeros((), dtype=torch.float32), []
+    for part in chunks(len(targets), head_size(head)):
+        z = _checkpointed(_logits, hidden[part], head, transform)
+        logprob = z.gather(-1, targets[part, None]).squeeze(-1) - z.logsumexp(-1)
+        uniform = z.mean(-1) - z.logsumexp(-1) if smoothing else 0.0
+        objective = objective - (weights[part] * ((1 - smoothing) * logprob + smoothing * uniform)).sum()
+        logprobs.append(logprob.detach())
+    return objective, torch.cat(logprobs)
+
+
+def token_logprobs(hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform | None = None) -> Tensor:
+    """log π(target) in nats, [N] fp32, differentiable in hidden [N, H] and the head; logits are recomputed in backward."""
+    transform = transform or LogitTransform()
+
+    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
+        z = _logits(hidden, head, transform)
+        return z.gather(-1, targets[:, None]).squeeze(-1) - z.logsumexp(-1)
+
+    parts = [
+        _checkpointed(chunk_logprobs, hidden[part], targets[part]) for part in chunks(len(targets), head_size(head))
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform | None = None, entropy: bool = False
+) -> TokenStatistics:
+    """log π(target), top-1 hit, confidence (the largest probability) and on request entropy (nats), in one pass."""
+    transform = transform or LogitTransform()
+    columns: list[tuple[Tensor, ...]] = []
+    for part in chunks(len(targets), head_size(head)):
+        z = _logits(hidden[part], head, transform)
+        lse = z.logsumexp(-1)
+        top, index = z.max(-1)
+        chosen = z.gather(-1, targets[part, None]).squeeze(-1)
+        row = (chosen - lse, index == targets[part], (top - lse).exp())
+        if entropy:
+            row += (lse - (z.sub(lse[:, None]).exp_().mul_(z)).sum(-1),)
+        columns.append(row)
+    logprob, hit, confidence, *rest = (torch.cat(column) for column in zip(*columns, strict=True))
+    return TokenStatistics(logprob, rest[0] if rest else None, hit, confidence)
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether the head is exactly weight and bias: no quantised subclass, no adapter inside, no hooks."""
+    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
+def head_size(head: nn.Module) -> int:
+    """V, the number of logits."""
+    size = getattr(head, "out_features", None)
+    return int(size if size is not None else head.weight.shape[0])
+
+
+def _logits(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
+    """[n, V] fp32."""
+    weight = getattr(head, "weight", None)
+    if weight is not None and weight.is_floating_point() and not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(weight.dtype)
+    return transform(head(hidden).float())
+
+
+def _checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    result = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """The objective with both gradients formed in forward; see weighted_nll."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        transform: LogitTransform,
+        smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
+            grads = _Grads(ctx.needs_input_grad, hidden, weight, bias)
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            objective = hidden.new_zeros((), dtype=torch.float32)
+            logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
+            for part in chunks(len(targets), len(weight)):
+                h = hidden[part].to(dtype)
+                z = transform(F.linear(h, w, b).float())
+                logprob, loss, grad = _chunk(z, targets[part], weights[part], smoothing, any(ctx.needs_input_grad))
+                logprobs[part] = logprob
+                objective += loss
+                if grad is not None:
+                    grads.add(part, transform.backward_(grad, z).to(dtype), h, w)
+        ctx.save_for_backward(*grads.tensors())
+        ctx.mark_non_differentiable(logprobs)
+        return objective, logprobs
+
+    @staticmethod
+    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias = (None if t is None else t.mul_(grad_objective.to(t.dtype)) for t in ctx.saved_tensors)
+        return hidden, weight, bias, None, None, None, None
+
+
+class _Grads:
+    """Accumulates the gradients that are asked for: hidden in its own dtype, weight and bias in theirs."""
+
+    def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+
+    def add(self, part: slice, grad: Tensor, h: Tensor, w: Tensor) -> None:
+        """grad: ∂/∂logits [n, V] of this chunk, in the compute dtype."""
+        if self.hidden is not None:
+            self.hidden[part] = grad @ w
+        if self.weight is not None:
+            if grad.dtype == self.weight.dtype:
+                self.weight.addmm_(grad.T, h)
+            else:
+                self.weight += grad.T @ h
+        if self.bias is not None:
+            self.bias += grad.float().sum(0).to(self.bias.dtype)
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+
+def _chunk(
+    z: Tensor, targets: Tensor, weights: Tensor, smoothing: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs [n], loss (scalar) and ∂loss/∂z [n, V] of one chunk of logits z [n, V].
+
+    ∂loss/∂z_v = w·[π_v - (1-ε)·1(v = target) - ε/V].
+    """
+    lse = z.logsumexp(-1, keepdim=True)
+    logprob = (z.gather(-1, targets[:, None]) - lse).squeeze(-1)
+    per_token = (1 - smoothing) * logprob
+    if smoothing:
+        per_token = per_token + smoothing * (z.mean(-1) - lse.squeeze(-1))
+    loss = -(weights * per_token).sum()
+    if not with_grad:
+        return logprob, loss, None
+    grad = torch.sub(z, lse).exp_()
+    if smoothing:
+        grad.sub_(smoothing / z.shape[-1])
+    grad.scatter_add_(-1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
+    return logprob, loss, grad.mul_(weights[:, None])

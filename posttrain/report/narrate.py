@@ -1,0 +1,161 @@
+"""The story of a run, told in order: plan and example, start, each evaluation, the final table, what to type next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from posttrain import stats
+from posttrain.evaluate import Evaluation, Sample
+from posttrain.report.console import interval, number
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+    from posttrain.session import Session
+    from posttrain.summary import Summary
+
+SHOWN = ("accuracy", "nll", "perplexity", "bits_per_byte", "token_accuracy", "ece", "brier")
+"""Metrics of the final table, in its order; metrics.jsonl has all."""
+
+SHOWN_SAMPLES = 3
+
+
+def plan(session: Session) -> None:
+    """Before anything is trained: what will happen, and one example as the model sees it."""
+    cfg, console, prepared = session.cfg, session.console, session.prepared
+    console.facts(f"posttrain {cfg.stage_name}", plan_rows(session))
+    for line in prepared.lines:
+        console.line(f"  · {line}")
+    console.example(prepared.train.groups([0])[0], session.networks.tokenizer)
+    if len(session.prepared.eval) == 0:
+        console.line("\nwarning: no evaluation examples (data.eval_fraction held none out): no score will be reported")
+    elif len(session.prepared.eval) < 30:
+        console.line(
+            f"\nwarning: only {len(session.prepared.eval)} evaluation examples: intervals will be wide (t, few examples)"
+        )
+
+
+def plan_rows(session: Session) -> list[tuple[str, str]]:
+    """What: value, for the plan's table."""
+    cfg, prepared, loader = session.cfg, session.prepared, session.loader
+    module = session.networks.module
+    total = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in session.networks.parameters)
+    size = f"{cfg.batch.size} examples" if cfg.batch.size else f"about {cfg.batch.tokens:,} tokens"
+    epochs = f" ({session.steps * cfg.batch.size / len(loader.data):.2g} epochs)" if cfg.batch.size else ""
+    where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
+    dtype = str(module.network.dtype).removeprefix("torch.")
+    rows = [
+        ("model", f"{cfg.model.path}: {module.network.config.model_type}, {total:,} parameters in {dtype}"),
+        ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {session.networks.adapter}"),
+        ("data", f"{len(prepared.train):,} training, {len(prepared.eval):,} evaluation examples"),
+        (
+            "tokens",
+            f"{int(prepared.train.lengths.sum()):,} an epoch, {int(prepared.train.trained.sum()):,} of them trained",
+        ),
+        (
+            "steps",
+            f"{session.steps:,} of {size}{epochs}, {loader.packing.layout}, <= {loader.packing.micro_tokens:,} tokens a forward",
+        ),
+        ("optimizer", f"{cfg.optim.name}, lr {cfg.optim.lr:g} {cfg.schedule.name}, seed {cfg.train.seed}"),
+        ("device", session.runtime.describe()),
+        ("checked", ", ".join(f"{k} agrees to {v:.0e}" for k, v in session.probe.items())),
+        ("stops at", ", ".join(repr(session.networks.tokenizer.decode([i])) for i in sorted(session.ends))),
+        ("run", where),
+    ]
+    return rows
+
+
+def start(session: Session, evaluation: Evaluation | None) -> None:
+    """The scores before the first step."""
+    if evaluation is not None and evaluation.metrics and session.runtime.is_main:
+        session.console.title(f"step 0 (before training; {_level(session.cfg)} intervals)")
+        session.console.line("  " + _scores(evaluation))
+        session.console.title("training")
+
+
+def evaluation(session: Session, found: Evaluation) -> None:
+    """One line an evaluation."""
+    if found.metrics and session.runtime.is_main:
+        session.console.line(f"step {found.step}/{session.steps}  eval {_scores(found)}")
+
+
+def result(session: Session, summary: Summary, first: Evaluation | None, last: Evaluation | None) -> None:
+    """The final table, a few answers before and after, and what to type next."""
+    console = session.console
+    if first is not None and last is not None and last.metrics:
+        rows = [_row(name, first, last, summary.changes.get(name)) for name in SHOWN if name in last.metrics]
+        header = ["", "start", "end", "change", ""]
+        console.table(
+            f"result on {len(set(last.clusters)):,} evaluation examples ({_level(session.cfg)} intervals)", header, rows
+        )
+        floor = last.metrics.get("ece_noise_floor")
+        if floor is not None:
+            console.line(f"  (a perfectly calibrated model would read ece {interval(floor)} on these examples)")
+        _show_samples(session, first.samples, last.samples)
+    speed = f", {summary.tokens_per_second:,.0f} tokens/s" if summary.tokens_per_second else ""
+    memory = summary.peak_memory_bytes / 2**30
+    stopped = " (stopped early: no better for train.patience evaluations)" if summary.stopped_early else ""
+    console.line(
+        f"\n{summary.steps:,} steps{stopped}, {summary.tokens:,} tokens in {summary.seconds:.0f} s{speed}, {memory:.1f} GiB peak"
+    )
+    console.facts("next", next_commands(summary))
+
+
+def next_commands(summary: Summary) -> list[tuple[str, str]]:
+    """What a user may want to type now."""
+    run = summary.run_dir
+    return [
+        ("talk to it", f"posttrain chat {run}"),
+        ("its files", f"{run}/model (weights), metrics.jsonl, samples.jsonl, summary.json"),
+        ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps}"),
+    ]
+
+
+def _show_samples(session: Session, before: list[Sample], after: list[Sample]) -> None:
+    """A few answers that changed, else the first few."""
+    earlier = {sample.id: sample.answer for sample in before}
+    changed = [s for s in after if earlier.get(s.id, s.answer) != s.answer]
+    chosen = (changed or after)[:SHOWN_SAMPLES]
+    if chosen:
+        rows = [
+            [_short(s.prompt, 40), _short(earlier.get(s.id, "")), _short(s.answer), _short(s.reference)] for s in chosen
+        ]
+        session.console.table("answers", ["prompt", "before", "after", "reference"], rows)
+
+
+def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] | None) -> list[str]:
+    told = (
+        "–" if change is None else f"{_signed(change['value'])} [{_signed(change['low'])}, {_signed(change['high'])}]"
+    )
+    return [name, interval(_plain(first, name)), interval(_plain(last, name)), told, _verdict(change)]
+
+
+def _verdict(change: dict[str, Any] | None) -> str:
+    if change is None or change.get("low") is None:
+        return ""
+    if change["low"] <= 0 <= change["high"]:
+        return "no detectable change"
+    return "better" if change.get("better") else "worse"
+
+
+def _plain(evaluation: Evaluation, name: str) -> Any:
+    found = evaluation.metrics[name]
+    return stats.Estimate(**found) if isinstance(found, dict) else found
+
+
+def _scores(evaluation: Evaluation) -> str:
+    names = [name for name in ("accuracy", "nll", "perplexity", "token_accuracy", "ece") if name in evaluation.metrics]
+    return "  ".join(f"{name} {interval(_plain(evaluation, name))}" for name in names)
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else ("+" if value > 0 else "") + number(value)
+
+
+def _short(text: str, width: int = 30) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _level(cfg: Config) -> str:
+    return f"{cfg.eval.confidence_level:.0%}"

@@ -1,0 +1,144 @@
+"""Where metrics go: metrics.jsonl always, wandb or tensorboard when asked. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain.errors import ConfigError
+
+Metrics = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes every log line."""
+
+    def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """metrics.jsonl, a line a log; on resuming, lines after the checkpoint's step are cut."""
+
+    def __init__(self, path: Path, resumed_at: int | None) -> None:
+        kept = _lines_until(path, resumed_at) if resumed_at is not None and path.exists() else []
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(kept), encoding="utf-8")
+        scratch.replace(path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
+        line = {
+            "step": step,
+            "split": split,
+            "time_s": round(time_s, 3),
+            "metrics": {k: plain(v) for k, v in metrics.items()},
+        }
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Wandb:
+    """One wandb run; offline works without an account."""
+
+    def __init__(self, options: Any, directory: Path, config: dict[str, Any], resumed: bool) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("log=wandb needs the package wandb; pip install 'posttrain[wandb]'") from error
+        saved = directory / "wandb_id.txt"
+        if not (resumed and saved.is_file()):
+            saved.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self.run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            mode=options.mode,
+            name=directory.name,
+            dir=str(directory),
+            id=saved.read_text(encoding="utf-8").strip(),
+            resume="allow" if resumed and options.mode == "online" else None,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
+        self.run.log({"step": step, **{f"{split}/{k}": v for k, v in flatten(metrics).items()}})
+
+    def close(self) -> None:
+        self.run.finish(quiet=True)
+
+
+class Tensorboard:
+    """Event files under tensorboard/."""
+
+    def __init__(self, directory: Path, config: dict[str, Any], resumed_at: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "log=tensorboard needs the package tensorboard; pip install 'posttrain[tensorboard]'"
+            ) from error
+        purge = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        self.writer.add_text("config", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
+
+    def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
+        for name, value in flatten(metrics).items():
+            self.writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def open_sinks(options: Any, directory: Path, config: dict[str, Any], resumed_at: int | None) -> list[Sink]:
+    """metrics.jsonl and the tracker that `log` names."""
+    sinks: list[Sink] = [MetricsFile(directory / "metrics.jsonl", resumed_at)]
+    if options.name == "wandb":
+        sinks.append(Wandb(options, directory, config, resumed_at is not None))
+    elif options.name == "tensorboard":
+        sinks.append(Tensorboard(directory, config, resumed_at))
+    return sinks
+
+
+def plain(value: Any) -> Any:
+    """A number, or {"value", "low", "high", ...}; what is not finite becomes null."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def flatten(metrics: Metrics) -> dict[str, float]:
+    """name → number, with name_low and name_high beside it, so that charts can show bands; null is left out."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        found = plain(value)
+        parts = (
+            {"": found}
+            if not isinstance(found, dict)
+            else {"": found["value"], "_low": found["low"], "_high": found["high"]}
+        )
+        flat |= {f"{name}{suffix}": float(number) for suffix, number in parts.items() if number is not None}
+    return flat
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Whole lines up to this step; a line that a kill cut in half is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    return kept

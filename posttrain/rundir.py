@@ -1,0 +1,162 @@
+"""A run's directory: where it is, whether it may be written, what of it continues, and what it was run with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.checkpoint import complete
+from posttrain.errors import CheckpointError, ConfigError
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
+FREE_KEYS = ("run", "log", "data.cache", "train.resume", "train.keep_checkpoints", "train.log_every")
+"""Keys that may differ between a run and its continuation: they decide where and how things are written, not what."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """path: the directory. checkpoint: where to continue from, or None. finished: the run is already done."""
+
+    path: Path
+    checkpoint: Path | None = None
+    finished: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def records(self, step: int) -> Path:
+        """Per-example records of the evaluation at this step."""
+        return self.path / "eval" / f"step-{step:06d}.parquet"
+
+
+def default_name(stage: str) -> str:
+    """sft-20261121-101500: runs without a name never collide with older ones, short of the same second."""
+    return f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def open_run(config: dict[str, Any], stage: str) -> RunDir:
+    """Decide where the run goes and whether it continues; on rank 0 only, the others are told.
+
+    train.resume=auto: the same config continues its newest complete checkpoint, another config is refused, no checkpoint
+    starts over, a finished run is said to be finished. never: the directory must hold no run. PATH: that checkpoint.
+    """
+    run, resume = config["run"], str(config["train"]["resume"])
+    path = (
+        Path(run["dir"]).expanduser()
+        if run["dir"]
+        else Path(run["root"]).expanduser() / (run["name"] or default_name(stage))
+    )
+    previous = path / "config.json"
+    if previous.is_file():
+        if resume == "never":
+            raise CheckpointError(
+                f"run.dir={path} already holds a run and train.resume=never; give another run.dir or delete it"
+            )
+        _check_same(path, json.loads(previous.read_text(encoding="utf-8")), config)
+    elif path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
+    if resume not in ("auto", "never"):
+        return RunDir(path, _chosen_checkpoint(Path(resume).expanduser()))
+    found = complete(path / "checkpoints")
+    return RunDir(path, found[-1] if found else None, finished=(path / "summary.json").is_file())
+
+
+def create(run: RunDir, config: dict[str, Any], yaml: str, overrides: list[str], facts: dict[str, Any]) -> None:
+    """Write config.yaml, overrides.txt and environment.json; says plainly when the place cannot be written."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / "config.yaml").write_text(yaml, encoding="utf-8")
+        (run.path / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides), encoding="utf-8")
+        write_json(run.path / "environment.json", {**environment(), **facts})
+        write_json(run.path / "config.json", config)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run directory {run.path}: {error.strerror}; set run.dir or run.root"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file at once: readers see the old one or the new one."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and hardware."""
+    return {
+        "posttrain": version("posttrain"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+    }
+
+
+def _check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = flat(then), flat(now)
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
+    if keys:
+        shown = ", ".join(f"{k} ({old.get(k)} there, {new.get(k)} now)" for k in keys[:4])
+        raise CheckpointError(
+            f"run.dir={path} holds a run with another config: {shown}{', ...' if len(keys) > 4 else ''}; "
+            "give another run.dir, or the config it was started with (its config.yaml)"
+        )
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}"""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found.update(flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return found
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _chosen_checkpoint(path: Path) -> Path:
+    if (path / "state.json").is_file():
+        return path
+    found = complete(path / "checkpoints") or complete(path)
+    if not found:
+        raise CheckpointError(
+            f"train.resume={path} holds no complete checkpoint; give a run or one of its checkpoints/step-…"
+        )
+    return found[-1]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the user works in, if it is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,158 @@
+"""Accelerate behind one small face: device, precision, ranks, reductions, seeds. Stages never see it."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from posttrain.errors import ConfigError
+
+MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
+COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Runtime:
+    """One per process. `precision` and `distribution` are the names of those config groups."""
+
+    def __init__(self, precision: str, distribution: str) -> None:
+        _check_launcher(precision, distribution)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        handlers = [
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # rank 0 may prepare data for long
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ]
+        self.accelerator = Accelerator(
+            mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
+        )
+        self.precision, self.compute_dtype = precision, COMPUTE[precision]
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.world, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        if self.device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
+            raise ConfigError("precision=bf16, but this GPU has no bf16; try precision=fp32")
+
+    def describe(self) -> str:
+        """Device, precision and world size in one line."""
+        processes = "1 process" if self.world == 1 else f"{self.world} processes (DDP)"
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}, {processes}"
+        return f"CPU ({torch.get_num_threads()} threads), {self.precision}, {processes}"
+
+    def wrap(self, module: nn.Module, find_unused: bool = False) -> nn.Module:
+        """On the device, under autocast where precision says so, gradients synchronised over ranks.
+
+        find_unused: a forward may leave parameters without a gradient (experts that no token was sent to).
+        """
+        self.accelerator.ddp_handler.find_unused_parameters = find_unused
+        return self.accelerator.prepare(module)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The run's precision, for code that does not go through the wrapped module (generation)."""
+        with self.accelerator.autocast():
+            yield
+
+    def sync_only(self, last: bool, module: nn.Module) -> Any:
+        """Gradients are reduced in the last micro-batch's backward only."""
+        return nullcontext() if last else self.accelerator.no_sync(module)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """Rescale to max_norm; returns the global norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        assert isinstance(norm, Tensor)
+        return norm
+
+    def global_sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum over ranks, in fp64; every rank must give the same keys."""
+        if self.world == 1:
+            return dict(values)
+        reduced = self.accelerator.reduce(
+            torch.tensor([float(values[k]) for k in sorted(values)], dtype=torch.float64, device=self.device), "sum"
+        )
+        return dict(zip(sorted(values), reduced.tolist(), strict=True))
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All ranks' items, on every rank, in rank order."""
+        return list(gather_object(items)) if self.world > 1 else items
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box, from_process=0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank."""
+        return self.global_sum({"flag": float(flag)})["flag"] > 0
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory so far: of the device, or the process's resident set on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def close(self) -> None:
+        """Leave the process group, so that the next run in this process starts anew."""
+        if self.world > 1:
+            self.accelerator.end_training()
+        self.accelerator.free_memory()
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Python, numpy and torch; each rank draws its own numbers."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def rng_state() -> dict[str, Any]:
+    """Everything random in this process, for a checkpoint."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Back to where `rng_state` was called."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _check_launcher(precision: str, distribution: str) -> None:
+    """What the launcher or the environment says must not contradict the config."""
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if said not in ("no", MIXED[precision]):
+        raise ConfigError(
+            f"precision={precision}, but the launcher or environment says ACCELERATE_MIXED_PRECISION={said}; "
+            f"unset it (or its accelerate config), or set precision={said}"
+        )
+    for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(flag, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"distribution={distribution}, but the launcher set {flag}; use an accelerate config without it"
+            )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if distribution == "single" and world > 1:
+        raise ConfigError(f"distribution=single, but the launcher started {world} processes; set distribution=ddp")

@@ -1,0 +1,108 @@
+"""What a stage is: the units it counts, the loss it sums, the scores it gives. The trainer does the rest.
+
+A stage is one file here, one YAML in conf/stage/ and one test. It is found by its file's name (`stages/sft.py` is
+`stage=sft`), or, from another package, by an entry point of the group `posttrain.stages` that names its class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from posttrain import stages
+from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from posttrain.data.batches import Batch, Step
+    from posttrain.data.group import Group
+    from posttrain.models.networks import Networks
+
+Records = dict[str, np.ndarray]
+
+
+@dataclass
+class Loss:
+    """The sums of one micro-batch.
+
+    terms: one differentiable scalar a term, a SUM over its units; the trainer divides by the step's count of them.
+    stats: cheap numbers for the log, each a detached (sum, count) pair, pooled over micro-batches, ranks and steps.
+    """
+
+    terms: dict[str, Tensor]
+    stats: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Stage:
+    """Base of all stages; a subclass's dataclass fields are its part of the configuration."""
+
+    data_formats: ClassVar[tuple[str, ...]] = ()
+    splits_long_documents: ClassVar[bool] = False
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that cannot go together. Ranges and choices stand in the fields' metadata."""
+
+    def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterable[Group]:
+        """The Groups this stage trains on; by default the data's own. notes: what to tell the user → how often."""
+        return groups
+
+    def batches(self, networks: Networks, steps: Iterable[Step]) -> Iterable[Step]:
+        """Where batches come from; by default the data's own steps. A stage that samples yields its own."""
+        return steps
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss term; a term that is not named here weighs 1."""
+        return {}
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Units of each loss term in this micro-batch, known before any forward pass."""
+        raise NotImplementedError
+
+    def loss(self, networks: Networks, batch: Batch) -> Loss:
+        """Sums over this micro-batch's units; see Loss."""
+        raise NotImplementedError
+
+    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
+        """Per-response evaluation records: column name → fp64 array with `batch.responses` rows."""
+        raise NotImplementedError
+
+
+def names() -> list[str]:
+    """Every stage there is: the modules of this package, then other packages' entry points."""
+    own = [module.name for module in pkgutil.iter_modules(stages.__path__) if module.name not in NOT_STAGES]
+    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find(name: str) -> type[Stage]:
+    """The class of the stage called `name`; ConfigError where there is none."""
+    if name not in names():
+        raise ConfigError(f"stage={name} is not a stage; the stages are {', '.join(names())}")
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            return _checked(name, point.load())
+    module = importlib.import_module(f"posttrain.stages.{name}")
+    classes = [c for c in vars(module).values() if _is_stage(c) and c.__module__ == module.__name__]
+    assert len(classes) == 1, f"posttrain/stages/{name}.py must define one Stage, found {classes}"
+    return classes[0]
+
+
+GROUP = "posttrain.stages"
+NOT_STAGES = {"base", "likelihood"}
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Stage) and value is not Stage
+
+
+def _checked(name: str, value: Any) -> type[Stage]:
+    if not _is_stage(value):
+        raise ConfigError(f"the entry point {GROUP}:{name} gives {value!r}; it must name a subclass of Stage")
+    return value

@@ -1,0 +1,90 @@
+"""What pretrain and sft share: the negative log-likelihood of trained tokens, summed, and its per-example records.
+
+    L = -(1/N) Σ_t w_t · log π(y_t | x, y_<t),    N = Σ units over the whole optimizer step
+
+With label smoothing ε the target is (1-ε)·onehot + ε/V (Szegedy et al., arXiv:1512.00567, sec. 7); what evaluation
+reports stays the unsmoothed nll.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from posttrain.stages.base import Loss, Records, Stage
+from posttrain.stats import bin_edges
+
+if TYPE_CHECKING:
+    from posttrain.data.batches import Batch
+    from posttrain.models.logprobs import TokenStatistics
+    from posttrain.models.networks import Networks
+
+
+@dataclass
+class Likelihood(Stage):
+    """Token-level maximum likelihood; subclasses say which tokens and how they are weighed."""
+
+    label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
+    aux_weight: float = field(default=0.001, metadata={"min": 0.0})
+
+    def weights(self) -> dict[str, float]:
+        return {"aux": self.aux_weight}
+
+    def token_weights(self, batch: Batch) -> torch.Tensor:
+        """w_t of each trained token, [N]."""
+        return torch.ones_like(batch.targets, dtype=torch.float32)
+
+    def units(self, batch: Batch) -> float:
+        """What the weights add up to: trained tokens, unless a subclass weighs otherwise."""
+        return float(batch.trained_tokens)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"nll": self.units(batch), "aux": float(batch.tokens)}
+
+    def loss(self, networks: Networks, batch: Batch) -> Loss:
+        weights = self.token_weights(batch)
+        scores = networks.policy(batch, weights=weights, smoothing=self.label_smoothing, router=self.aux_weight > 0)
+        terms = {"nll": scores.objective}
+        stats = {"nll": (-scores.logprobs.sum() * batch.weight, float(batch.trained_tokens))}
+        if scores.router:
+            terms["aux"] = scores.router.balance
+            stats |= scores.router.stats()
+        return Loss(terms, stats)
+
+    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
+        statistics = networks.policy(batch, statistics=True).statistics
+        return token_records(statistics, batch, bins)
+
+
+def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Records:
+    """Sums over each response's target tokens, fp64: the columns of an evaluation record, [responses] or [responses, bins].
+
+    Calibration: confidence is the largest probability, correct is whether it fell on the target.
+    """
+    response, count = batch.response.cpu().numpy(), batch.responses
+    logprob = statistics.logprob.double().cpu().numpy()
+    confidence = statistics.confidence.double().cpu().numpy()
+    hit = statistics.top1_hit.double().cpu().numpy()
+    edges = bin_edges(bins, 0.0, 1.0)
+    where = response * bins + np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+
+    def total(values: np.ndarray | None) -> np.ndarray:
+        return np.bincount(response, values, count).astype(np.float64)
+
+    def binned(values: np.ndarray | None) -> np.ndarray:
+        return np.bincount(where, values, count * bins).astype(np.float64).reshape(count, bins)
+
+    return {
+        "nll_sum": total(-logprob),
+        "tokens": total(None),
+        "bytes": batch.bytes.astype(np.float64),
+        "chars": batch.chars.astype(np.float64),
+        "correct": total(hit),
+        "brier_sum": total((confidence - hit) ** 2),
+        "bin_count": binned(None),
+        "bin_confidence": binned(confidence),
+        "bin_correct": binned(hit),
+    }

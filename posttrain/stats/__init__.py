@@ -1,0 +1,57 @@
+"""Scores with their uncertainty: numpy and scipy only, usable alone (`from posttrain import stats`).
+
+Every result has .value, .low, .high, .se, .n (and .clusters, .method, .as_dict()). Examples, never the tokens inside
+them, are what is resampled.
+"""
+
+from posttrain.stats.bins import BinSums, bin_edges, bin_index, bin_sums, fold_pairs, merge_equal_mass
+from posttrain.stats.calibration import brier, ece, ece_from_bins, mce, mce_from_bins
+from posttrain.stats.calibration_error import CalibrationError
+from posttrain.stats.compare import paired_difference
+from posttrain.stats.differences import PairedDifference
+from posttrain.stats.estimate import Estimate
+from posttrain.stats.intervals import clustered_wilson, wald, wilson
+from posttrain.stats.ratios import bits_per_byte, bits_per_char, bits_per_token, bootstrap, nll, perplexity
+from posttrain.stats.records import paired, summarise
+from posttrain.stats.reliability import ReliabilityBin, reliability
+from posttrain.stats.significance import holm, mcnemar, smallest_detectable
+from posttrain.stats.temperature import Temperature, fit_temperature
+from posttrain.stats.temperature_grid import fit_temperature_on_grid, temperature_grid
+
+__all__ = [
+    "BinSums",
+    "CalibrationError",
+    "Estimate",
+    "PairedDifference",
+    "ReliabilityBin",
+    "Temperature",
+    "bin_edges",
+    "bin_index",
+    "bin_sums",
+    "bits_per_byte",
+    "bits_per_char",
+    "bits_per_token",
+    "bootstrap",
+    "brier",
+    "clustered_wilson",
+    "ece",
+    "ece_from_bins",
+    "fit_temperature",
+    "fit_temperature_on_grid",
+    "fold_pairs",
+    "holm",
+    "mce",
+    "mce_from_bins",
+    "mcnemar",
+    "merge_equal_mass",
+    "nll",
+    "paired",
+    "paired_difference",
+    "perplexity",
+    "reliability",
+    "smallest_detectable",
+    "summarise",
+    "temperature_grid",
+    "wald",
+    "wilson",
+]

@@ -1,0 +1,117 @@
+"""The table behind an evaluation's scores: checked columns, sorted by id, summed by cluster, resampled together."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from posttrain.stats.bins import BinSums
+from posttrain.stats.calibration_error import ece_score, gaps
+from posttrain.stats.identity import as_ids, cluster_sums, sort_by_id
+from posttrain.stats.inputs import Array, table, vector
+from posttrain.stats.resampling import resampled_sums
+from posttrain.stats.scores import Score, ratio
+
+Columns = dict[str, Array]
+
+BITS = 1 / math.log(2)
+RATIOS = {  # name: numerator, denominator, factor; in the order reported
+    "nll": ("nll_sum", "tokens", 1.0),
+    "perplexity": ("nll_sum", "tokens", 1.0),
+    "bits_per_token": ("nll_sum", "tokens", BITS),
+    "bits_per_byte": ("nll_sum", "bytes", BITS),
+    "bits_per_char": ("nll_sum", "chars", BITS),
+    "token_accuracy": ("correct", "tokens", 1.0),
+    "brier": ("brier_sum", "tokens", 1.0),
+}
+BINS = ("bin_count", "bin_confidence", "bin_correct")
+AT_LEAST_0 = {"tokens", "bytes", "chars", "correct", "brier_sum"}
+KNOWN = {"nll_sum", *AT_LEAST_0, *BINS}
+TAKEN = {*RATIOS, "ece", "ece_noise_floor", "mce"}
+ROWS = "(rows)"  # our own column: how many rows were summed into the cluster
+GAP = "(gap)"  # among the draws: Σ correct - Σ confidence per bin
+
+
+def gather(columns: dict[str, Any], ids: Any, clusters: Any, bins: int) -> Columns:
+    """fp64 columns [D] or [D, bins], checked, sorted by id, summed by cluster, with the number of rows in each."""
+    size = length(columns)
+    _check_names(columns)
+    order = sort_by_id(as_ids("ids", ids, size))
+    rows = {}
+    for name, column in columns.items():
+        if name in BINS:
+            rows[name] = table(name, column, (size, bins))[order]
+        else:
+            rows[name] = vector(name, column, size, 0.0 if name in AT_LEAST_0 else None)[order]
+    rows[ROWS] = np.ones(size)
+    return rows if clusters is None else cluster_sums(rows, as_ids("clusters", clusters, size)[order])
+
+
+def resample(sides: list[Columns], resamples: int, seed: int) -> list[Columns]:
+    """Resampled sums of every column, [R] or [R, B], of all sides, from one product."""
+    parts: list[tuple[int, str, Array]] = []
+    for side, rows in enumerate(sides):
+        needed = {name: column for name, column in rows.items() if name not in BINS}
+        if has_bins(rows):
+            needed |= {GAP: gaps(calibration_sums(rows)), "bin_count": rows["bin_count"]}
+        parts += [(side, name, column) for name, column in needed.items()]
+    size = len(parts[0][2])
+    flat = np.concatenate([column.reshape(size, math.prod(column.shape[1:])) for _, _, column in parts], axis=1)
+    sums = resampled_sums(flat, resamples, seed) if size else np.empty((0, flat.shape[1]))
+    drawn: list[Columns] = [{} for _ in sides]
+    at = 0
+    for side, name, column in parts:
+        width = math.prod(column.shape[1:])
+        drawn[side][name] = sums[:, at : at + width].reshape(len(sums), *column.shape[1:])
+        at += width
+    return drawn
+
+
+def available(rows: Columns) -> dict[str, tuple[str, str, float]]:
+    """The ratios these columns allow, name: (numerator, denominator, factor); means of further columns come last."""
+    known = {name: spec for name, spec in RATIOS.items() if spec[0] in rows and spec[1] in rows}
+    return known | {name: (name, ROWS, 1.0) for name in rows if name not in KNOWN and name != ROWS}
+
+
+def score_of(name: str, rows: Columns, drawn: Columns) -> Score | None:
+    """One score over these rows and their draws; None where there is nothing to score."""
+    if name == "ece":
+        return ece_score(calibration_sums(rows), (drawn[GAP], drawn["bin_count"]))
+    above, below, factor = available(rows)[name]
+    found = ratio(rows[above], rows[below], np.stack([drawn[above], drawn[below]], axis=1))
+    if found is None:
+        return None
+    return found.exp() if name == "perplexity" else found.times(factor)
+
+
+def is_proportion(name: str, rows: Columns) -> bool:
+    """token_accuracy, and further columns whose every row is 0, 1/2 or 1 (checked on the sums of the clusters)."""
+    if name in RATIOS:
+        return name == "token_accuracy"
+    twice = 2 * rows[name]
+    return bool(((twice >= 0) & (twice <= 2 * rows[ROWS]) & (twice == np.rint(twice))).all())
+
+
+def has_bins(rows: Columns) -> bool:
+    return all(name in rows for name in BINS)
+
+
+def calibration_sums(rows: Columns) -> BinSums:
+    return BinSums(rows["bin_count"], rows["bin_confidence"], rows["bin_correct"])
+
+
+def length(columns: dict[str, Any]) -> int:
+    if not columns:
+        raise ValueError("columns is empty; give at least nll_sum and tokens, or a column of one number an example")
+    return len(next(iter(columns.values())))
+
+
+def _check_names(columns: dict[str, Any]) -> None:
+    missing = [name for name in BINS if name not in columns]
+    if 0 < len(missing) < len(BINS):
+        raise ValueError(f"bin_count, bin_confidence and bin_correct belong together; {', '.join(missing)} missing")
+    taken = sorted(set(columns) & (TAKEN | {ROWS, GAP}))
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)} cannot be a column: scores are made here, from sums; give {', '.join(sorted(KNOWN))}"
+        )

@@ -1,0 +1,44 @@
+"""`posttrain inspect`: examples as the model sees them, trained tokens coloured, and the counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from posttrain.models.load import load_tokenizer
+from posttrain.report.console import Console
+from posttrain.runtime import Runtime
+from posttrain.session import prepare_data
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+
+EXAMPLES = 3
+
+
+def inspect(cfg: Config) -> None:
+    """Print the first examples, and the shortest and longest; loads no weights."""
+    console, runtime = Console(), Runtime("fp32", "ddp")
+    tokenizer = load_tokenizer(cfg.model)
+    prepared = prepare_data(cfg, tokenizer, runtime)
+    lengths, trained = prepared.train.lengths, prepared.train.trained
+    chosen = dict.fromkeys([*range(min(EXAMPLES, len(lengths))), int(lengths.argmin()), int(lengths.argmax())])
+    for position in chosen:
+        group = prepared.train.groups([position])[0]
+        console.line(f"\nexample {position} (id {group.id}): {lengths[position]} tokens, {trained[position]} trained")
+        console.example(group, tokenizer)
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).astype(int)
+    console.facts(
+        "counts",
+        [
+            (
+                "training",
+                f"{len(prepared.train):,} examples, {lengths.sum():,} tokens, {trained.sum():,} of them trained",
+            ),
+            ("evaluation", f"{len(prepared.eval):,} examples"),
+            ("lengths", "shortest {}, median {}, 90 % {}, 99 % {}, longest {} tokens".format(*quantiles)),
+        ],
+    )
+    for line in prepared.lines:
+        console.line(f"  · {line}")

@@ -1,0 +1,47 @@
+"""`posttrain merge RUN OUT`: an adapter, and every adapter below it, folded into whole weights that need no peft."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain.errors import ConfigError, ModelError
+from posttrain.models.reload import find_model, lineage, load_saved
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+"""Largest difference of a logit between adapter and merged weights that rounding explains."""
+
+
+def merge(argv: list[str]) -> None:
+    """Merge, save, reload what was saved, and compare its logits with the adapter's."""
+    options = _parser().parse_args(argv)
+    out = Path(options.out).expanduser()
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; give a new directory for the merged model")
+    base, adapters = lineage(find_model(options.model))
+    if not adapters:
+        raise ModelError(f"{options.model} has no adapter to merge: it is a whole model already")
+    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else "auto"
+    probe = torch.arange(8).unsqueeze(0) + 5
+    with torch.no_grad():
+        before = load_saved(options.model, dtype)[0](probe).logits
+    merged, tokenizer = load_saved(options.model, dtype, merge=True)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    with torch.no_grad():
+        after = AutoModelForCausalLM.from_pretrained(out, dtype="auto")(probe).logits
+    worst = float((before.float() - after.float()).abs().max())
+    if not worst <= TOLERANCE.get(merged.dtype, 0.5):
+        raise ModelError(f"the merged model's logits differ from the adapter's by {worst:.3g}; it is not usable")
+    print(f"merged {len(adapters)} adapter(s) into {base}: {out} (logits agree to {worst:.1g})")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="posttrain merge", description="Fold an adapter into whole weights.")
+    parser.add_argument("model", help="a run trained with an adapter, or an adapter directory")
+    parser.add_argument("out", help="a new directory for the merged model")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    return parser

@@ -1,0 +1,76 @@
+"""`posttrain plan`: what a run would do, before it does anything; loads no weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain.data.loader import Loader, Order
+from posttrain.models.adapters import add_adapter
+from posttrain.models.load import load_config, load_tokenizer
+from posttrain.optim import warmup_steps
+from posttrain.report.console import Console
+from posttrain.runtime import Runtime
+from posttrain.session import count_steps, packing_of, prepare_data
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+
+GIB = 2**30
+
+
+def plan(cfg: Config) -> None:
+    """Data counts, tokens, steps and the memory of weights, gradients and optimizer."""
+    console, runtime = Console(), Runtime(cfg.precision.name, cfg.distribution.name)
+    tokenizer = load_tokenizer(cfg.model)
+    prepared = prepare_data(cfg, tokenizer, runtime)
+    packing = packing_of(cfg, runtime.device.type)
+    order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle)
+    loader = Loader(prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens)
+    steps, _ = count_steps(cfg, loader)
+    model, described = _on_meta(cfg)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    epochs = steps * (cfg.batch.size or 0) / len(prepared.train)
+    rows = [
+        ("stage", cfg.stage_name),
+        ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters"),
+        ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {described}"),
+        ("data", f"{len(prepared.train):,} training, {len(prepared.eval):,} evaluation examples"),
+        ("tokens", f"{prepared.train.lengths.sum():,} an epoch, {prepared.train.trained.sum():,} of them trained"),
+        ("steps", f"{steps:,}" + (f" ({epochs:.2g} epochs)" if epochs else "") + f", {packing.layout}"),
+        (
+            "schedule",
+            f"{cfg.schedule.name}, peak {cfg.optim.lr:g} after {warmup_steps(steps, cfg.schedule)} warm-up steps",
+        ),
+        ("device", runtime.describe()),
+        ("memory", _memory(cfg, total, trained, runtime.compute_dtype)),
+    ]
+    console.facts("plan (nothing was trained, no weights were loaded)", rows)
+    for line in prepared.lines:
+        console.line(f"  · {line}")
+
+
+def _on_meta(cfg: Config) -> tuple[Any, str]:
+    """The model's shapes without its numbers, and its adapter's line."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(load_config(cfg.model))
+        if cfg.adapter.name == "none":
+            return model, "none"
+        plain = type(cfg.adapter)(**{**vars(cfg.adapter), "name": "lora"})
+        model, described = add_adapter(model, plain, cfg.train.seed)
+    return model, described.replace("lora", cfg.adapter.name, 1)
+
+
+def _memory(cfg: Config, total: int, trained: int, compute: torch.dtype) -> str:
+    """fp32 masters, gradients and two moments for what trains; a frozen base in the compute dtype or in 4 bits."""
+    frozen = total - trained
+    base = {"none": 4.0, "qlora": 0.5 + 0.127 / 8}.get(cfg.adapter.name, 2.0 if compute == torch.bfloat16 else 4.0)
+    moments = 2.0 if "8bit" in cfg.optim.name else 8.0
+    weights, state = frozen * base + trained * 4, trained * (4 + moments)
+    return (
+        f"weights {weights / GIB:.2f} GiB, gradients and optimizer {state / GIB:.2f} GiB, and activations beside them"
+    )
