@@ -33,6 +33,9 @@ T = TypeVar("T")
 MICRO_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 """Default token budget of one forward: enough to fill the device, small enough to fit beside the weights."""
 
+OVERHEAD_TOKENS = {"cpu": 64, "cuda": 1_024}
+"""What one more forward costs beside its tokens: reading the weights, launching kernels."""
+
 
 @dataclass
 class Session:
@@ -110,7 +113,8 @@ def packing_of(cfg: Config, device: str) -> Packing:
     attention kernel skips other documents."""
     flash = str(cfg.model.attention).startswith("flash")
     layout = cfg.batch.layout if cfg.batch.layout != "auto" else ("packed" if flash else "padded")
-    return Packing(layout, cfg.batch.micro_tokens or MICRO_TOKENS[device], cfg.batch.micro_size, one_row=flash)
+    budget = cfg.batch.micro_tokens or MICRO_TOKENS[device]
+    return Packing(layout, budget, cfg.batch.micro_size, one_row=flash, overhead_tokens=OVERHEAD_TOKENS[device])
 
 
 def count_steps(cfg: Config, loader: Loader) -> tuple[int, int | None]:

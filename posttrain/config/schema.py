@@ -9,24 +9,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from posttrain.config.dump import dump
+
 if TYPE_CHECKING:
     from posttrain.stages.base import Stage
 
 
-def ranged(**limits: float) -> Any:
-    return field(metadata=limits)
-
-
-def path() -> Any:
-    return field(metadata={"path": True})
+PATH = {"path": True}
 
 
 @dataclass
 class ModelConfig:
     """Which model, and what is changed about it before training."""
 
-    path: str | None = path()
-    tokenizer: str | None = path()
+    path: str | None = field(metadata=PATH)
+    tokenizer: str | None = field(metadata=PATH)
     revision: str | None
     gguf_file: str | None
     init: Literal["weights", "config"]
@@ -35,7 +32,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     rope_scaling: dict[str, Any] | None
     dropout: Literal["none", "keep"]
-    chat_template: str | None = path()
+    chat_template: str | None = field(metadata=PATH)
     trust_remote_code: bool
 
 
@@ -44,44 +41,44 @@ class AdapterConfig:
     """Low-rank adapters; `name` is the choice adapter=none|lora|qlora."""
 
     name: Literal["none", "lora", "qlora"]
-    rank: int = ranged(min=1)
-    alpha: float = ranged(above=0)
-    dropout: float = ranged(min=0, below=1)
+    rank: int = field(metadata={"min": 1})
+    alpha: float = field(metadata={"above": 0})
+    dropout: float = field(metadata={"min": 0, "below": 1})
     targets: str | list[str]
     rslora: bool
-    path: str | None = path()
+    path: str | None = field(metadata=PATH)
 
 
 @dataclass
 class DataConfig:
     """Which rows, how they are read, and how they become tokens."""
 
-    train: str | list[str] | None = path()
-    eval: str | list[str] | None = path()
-    eval_fraction: float = ranged(min=0, below=1)
-    train_limit: int | None = ranged(min=1)
-    eval_limit: int | None = ranged(min=1)
+    train: str | list[str] | None = field(metadata=PATH)
+    eval: str | list[str] | None = field(metadata=PATH)
+    eval_fraction: float = field(metadata={"min": 0, "below": 1})
+    train_limit: int | None = field(metadata={"min": 1})
+    eval_limit: int | None = field(metadata={"min": 1})
     shuffle: bool
-    mix: list[float] | None = ranged(min=0)
+    mix: list[float] | None = field(metadata={"min": 0})
     format: Literal["auto", "text", "prompt_completion", "messages", "pairs", "groups", "scored", "prompts"]
     columns: dict[str, str]
     template: Literal["auto", "chat", "none"]
     document_separator: str | None
-    max_length: int = ranged(min=2)
+    max_length: int = field(metadata={"min": 2})
     on_too_long: Literal["drop", "truncate", "split", "error"] | None
     on_bad_row: Literal["error", "skip"]
-    max_lost_fraction: float = ranged(min=0, max=1)
-    cache: str | None = path()
+    max_lost_fraction: float = field(metadata={"min": 0, "max": 1})
+    cache: str | None = field(metadata=PATH)
 
 
 @dataclass
 class BatchConfig:
     """What one optimizer step holds, and how it is laid out in memory."""
 
-    size: int | None = ranged(min=1)
-    tokens: int | None = ranged(min=1)
-    micro_tokens: int | None = ranged(min=1)
-    micro_size: int | None = ranged(min=1)
+    size: int | None = field(metadata={"min": 1})
+    tokens: int | None = field(metadata={"min": 1})
+    micro_tokens: int | None = field(metadata={"min": 1})
+    micro_size: int | None = field(metadata={"min": 1})
     layout: Literal["auto", "padded", "packed"]
 
 
@@ -90,12 +87,12 @@ class OptimConfig:
     """The optimizer; `name` is the choice optim=adamw|..."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
-    lr: float = ranged(above=0)
+    lr: float = field(metadata={"above": 0})
     betas: list[float] = field(metadata={"min": 0, "below": 1, "length": 2})
-    eps: float = ranged(above=0)
-    weight_decay: float = ranged(min=0)
+    eps: float = field(metadata={"above": 0})
+    weight_decay: float = field(metadata={"min": 0})
     decay_all: bool
-    max_grad_norm: float = ranged(above=0)
+    max_grad_norm: float = field(metadata={"above": 0})
 
 
 @dataclass
@@ -103,10 +100,10 @@ class ScheduleConfig:
     """The learning rate over the steps; `name` is the choice schedule=cosine|..."""
 
     name: Literal["cosine", "linear", "constant", "wsd"]
-    warmup_steps: int | None = ranged(min=0)
-    warmup_fraction: float | None = ranged(min=0, below=1)
-    min_lr_fraction: float = ranged(min=0, max=1)
-    decay_fraction: float = ranged(above=0, max=1)
+    warmup_steps: int | None = field(metadata={"min": 0})
+    warmup_fraction: float | None = field(metadata={"min": 0, "below": 1})
+    min_lr_fraction: float = field(metadata={"min": 0, "max": 1})
+    decay_fraction: float = field(metadata={"above": 0, "max": 1})
 
 
 @dataclass
@@ -120,27 +117,27 @@ class PrecisionConfig:
 class TrainConfig:
     """How long, how often to look and to save, and what to continue."""
 
-    steps: int | None = ranged(min=1)
-    epochs: float | None = ranged(above=0)
+    steps: int | None = field(metadata={"min": 1})
+    epochs: float | None = field(metadata={"above": 0})
     gradient_checkpointing: bool
-    seed: int = ranged(min=0, below=2**32)
-    log_every: int = ranged(min=1)
-    eval_every: int | None = ranged(min=1)
-    save_every: int | None = ranged(min=1)
-    keep_checkpoints: int = ranged(min=1)
-    resume: str = path()
-    patience: int | None = ranged(min=1)
+    seed: int = field(metadata={"min": 0, "below": 2**32})
+    log_every: int = field(metadata={"min": 1})
+    eval_every: int | None = field(metadata={"min": 1})
+    save_every: int | None = field(metadata={"min": 1})
+    keep_checkpoints: int = field(metadata={"min": 1})
+    resume: str = field(metadata=PATH)
+    patience: int | None = field(metadata={"min": 1})
 
 
 @dataclass
 class EvalConfig:
     """Scores and their intervals."""
 
-    confidence_level: float = ranged(above=0, below=1)
-    resamples: int | None = ranged(min=100)
-    bins: int = ranged(min=1)
-    generate: int = ranged(min=0)
-    max_new_tokens: int = ranged(min=1)
+    confidence_level: float = field(metadata={"above": 0, "below": 1})
+    resamples: int | None = field(metadata={"min": 100})
+    bins: int = field(metadata={"min": 1})
+    generate: int = field(metadata={"min": 0})
+    max_new_tokens: int = field(metadata={"min": 1})
     verifier: Literal["none", "exact", "number"]
 
 
@@ -155,10 +152,10 @@ class DistributionConfig:
 class RunConfig:
     """Where the run is written, and by how many processes."""
 
-    dir: str | None = path()
-    root: str = path()
+    dir: str | None = field(metadata=PATH)
+    root: str = field(metadata=PATH)
     name: str | None
-    processes: int | None = ranged(min=1)
+    processes: int | None = field(metadata={"min": 1})
 
 
 @dataclass
@@ -215,6 +212,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """A recipe that gives this config again, whatever the defaults have become by then."""
-        from posttrain.config.layers import dump
-
         return dump(self.as_dict())

@@ -58,11 +58,12 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
         return max(same, key=lambda k: SequenceMatcher(None, key, k).ratio())
     if OTHER_TOOLS.get(leaf) in keys:
         return OTHER_TOOLS[leaf]
+    here = [k.rpartition(".")[2] for k in keys if k.startswith(f"{section}.")] if section else []
+    if here:
+        near = nearest(leaf, here)
+        return f"{section}.{near}" if near else None
     if section:
-        here = [k for k in keys if k.startswith(f"{section}.")]
-        if near := nearest(leaf, [k.rpartition(".")[2] for k in here]):
-            return f"{section}.{near}"
-        return nearest(key, keys, 0.5)
+        return nearest(key, keys)
     if near := nearest(leaf, [k for k in keys if "." not in k] + [k.rpartition(".")[2] for k in keys]):
         return near if near in keys else next(k for k in keys if k.rpartition(".")[2] == near)
     return None

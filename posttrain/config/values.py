@@ -6,7 +6,6 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import Field
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -195,8 +194,3 @@ def _expand_home(value: Any) -> Any:
     if isinstance(value, list):
         return [_expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
-
-
-def field_metadata(field: Field[Any]) -> Mapping[str, Any]:
-    """A dataclass field's ranges."""
-    return field.metadata

@@ -6,7 +6,7 @@ step holds: its Groups are chosen first, and packing happens within the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -93,13 +93,15 @@ class Packing:
     """How a step becomes micro-batches.
 
     layout: "padded" or "packed". micro_tokens: token budget of one forward, padding included. micro_size: Groups in one
-    forward instead. one_row: the attention kernel takes one packed row at a time.
+    forward instead. one_row: the attention kernel takes one packed row at a time. overhead_tokens: what one more forward
+    costs, in tokens: below it padding is cheaper than splitting.
     """
 
     layout: str
     micro_tokens: int
     micro_size: int | None = None
     one_row: bool = False
+    overhead_tokens: int = 128
 
     def plan(self, longest: Sequence[int] | np.ndarray, world: int = 1) -> list[Rows]:
         """Micro-batches over Groups of these lengths (tokens), their number a multiple of `world`; some may be empty.
@@ -116,7 +118,7 @@ class Packing:
             per = 1 if self.one_row else max(1, self.micro_tokens // max(sum(lengths[r]) for r in rows))
             micros = [rows[i : i + per] for i in range(0, len(rows), per)]
         else:
-            micros = list(self._padded(order, lengths))
+            micros = self._padded(order, lengths)
         return _multiple(micros, world)
 
     def _capacity(self, lengths: np.ndarray) -> int:
@@ -130,13 +132,22 @@ class Packing:
             return [[i] for i in chunk]
         return best_fit(chunk, lengths, capacity if self.one_row else int(lengths[chunk].max()))
 
-    def _padded(self, order: np.ndarray, lengths: np.ndarray) -> Iterator[Rows]:
-        """Longest first, so that neighbours are of like length and padding is small."""
-        start = 0
-        while start < len(order):
-            rows = max(1, self.micro_tokens // max(1, int(lengths[order[start]])))
-            yield [[int(i)] for i in order[start : start + rows]]
-            start += rows
+    def _padded(self, order: np.ndarray, lengths: np.ndarray) -> list[Rows]:
+        """Cut the examples, longest first, where the padded tokens and the overhead of each forward sum to the least."""
+        widths = lengths[order]
+        cost, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
+        for stop in range(1, len(order) + 1):
+            first = max(0, stop - max(1, self.micro_tokens // int(widths[stop - 1])))
+            starts = np.arange(first, stop)
+            padded = (stop - starts) * widths[starts]
+            total = np.where((padded <= self.micro_tokens) | (starts == stop - 1), cost[starts] + padded, np.inf)
+            best = int(total.argmin())
+            cost[stop], cut[stop] = total[best] + self.overhead_tokens, starts[best]
+        stops, stop = [], len(order)
+        while stop:
+            stops.append(stop)
+            stop = int(cut[stop])
+        return [[[int(i)] for i in order[cut[stop] : stop]] for stop in reversed(stops)]
 
 
 def best_fit(order: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity: int) -> Rows:

@@ -1,11 +1,11 @@
 """The embedded dataset: two-digit sums and differences, as careful and careless authors write them.
 
-Four authors of ten are careful: always right. The other six forget the carry in sums (47+38=75) and the sign of negative
-differences (23-58=35), and write the same as everyone where there is neither. A model that has read them all can do the
-sums but often prefers the careless answer; the aligning stages teach it whom to follow.
+Four authors of ten are careful: always right. The other six forget the carry in sums (47+38=75) and the sign of
+negative differences (23-58=35), and are right where there is neither. A model that has read them all can do the sums
+but often prefers the careless answer; the aligning stages teach it whom to follow.
 
-Every kind of data comes from one space of 16,200 problems (a+b and a-b, both from 10 to 99). One tenth of it is held out:
-no training row of any kind, the text the shipped model has read included, holds one of those problems.
+Every kind of data comes from one space of 16,200 problems (a+b and a-b, both from 10 to 99). One tenth of it is held
+out: no training row of any kind, the text the shipped model has read included, holds one of those problems.
 """
 
 from __future__ import annotations
@@ -105,14 +105,12 @@ def _prompt_completion(problem: Problem, rng: random.Random) -> Row:
 def _pairs(problem: Problem, rng: random.Random) -> Row:
     """The rejected one is careless as often as the authors are, else (or where careless is right) a slip.
 
-    Pairs that only ever oppose careful and careless teach more than they say: trials then also carried where there is no
-    carry, and greedy accuracy fell from .56 to .26 instead of rising to .95.
+    Pairs that only ever oppose careful and careless teach more than they say: in a trial the model then carried where
+    there is nothing to carry, and its greedy accuracy fell from .56 to .26 where with slips it rose to .95.
     """
     right, careless = problem.careful(), problem.careless()
-    if careless != right and rng.random() < CARELESS_SHARE:
-        rejected = careless
-    else:
-        rejected = _shuffled(problem.slips(), rng)[0]
+    as_careless = careless != right and rng.random() < CARELESS_SHARE
+    rejected = careless if as_careless else _shuffled(problem.slips(), rng)[0]
     return {"prompt": problem.prompt, "chosen": str(right), "rejected": str(rejected), "answer": str(right)}
 
 

@@ -1,0 +1,93 @@
+"""What keys cannot be together, in one place. Ranges of single keys stand in the schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from posttrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from posttrain.config.schema import Config
+
+SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def check(config: Config, verb: str = "train") -> None:
+    """Raise ConfigError for the first thing that cannot be."""
+    _check_model_and_data(config, verb)
+    _one_of(config, "train.steps", "train.epochs", needed=True)
+    _one_of(config, "batch.size", "batch.tokens", needed=True)
+    _one_of(config, "batch.micro_tokens", "batch.micro_size")
+    _one_of(config, "schedule.warmup_steps", "schedule.warmup_fraction")
+    _one_of(config, "run.dir", "run.name")
+    _check_schedule(config)
+    if config.adapter.path is not None and config.adapter.name == "none":
+        raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
+    if config.eval.verifier != "none" and config.eval.generate == 0:
+        raise ConfigError(
+            f"eval.verifier={config.eval.verifier} needs answers to verify, but eval.generate=0; try eval.generate=100"
+        )
+    config.stage.check()
+
+
+def check_processes(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+    """run.processes says how many the user expects; a launcher that started another number is a mistake to be told."""
+    expected, world = config.run.processes, int(environment.get("WORLD_SIZE", "1"))
+    if expected is not None and expected != world:
+        raise ConfigError(
+            f"run.processes={expected}, but {world} {'is' if world == 1 else 'are'} running; "
+            f"try torchrun --nproc_per_node {expected} -m posttrain ..."
+        )
+
+
+def _check_model_and_data(config: Config, verb: str) -> None:
+    train, held_out, model = config.data.train, config.data.eval, config.model.path
+    if model is None and config.model.gguf_file is not None:
+        raise ConfigError(
+            "model.gguf_file is a file inside model.path, which is not given; set model.path to its folder"
+        )
+    if model is None:
+        given = (
+            f"data.train={_shown(train)} is given" if train else "data.eval is given" if held_out else "data is given"
+        )
+        raise ConfigError(
+            f"{given} without a model: set model.path to a folder or hub id, for example model.path={SMALL_MODEL}"
+        )
+    if train is None and (verb != "eval" or held_out is None):
+        key = "data.eval" if verb == "eval" else "data.train"
+        raise ConfigError(
+            f"model.path={model} is given without data: set {key} to a file, a list of files or a hub id, "
+            f"for example {key}=my.jsonl; with neither model nor data the embedded ones are used"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup is not None and steps is not None and warmup >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}; try {max(1, steps // 10)}"
+        )
+
+
+def _one_of(config: Config, one: str, other: str, needed: bool = False) -> None:
+    values = {key: _get(config, key) for key in (one, other)}
+    given = [
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in values.items()
+        if value is not None
+    ]
+    if len(given) == 2:
+        raise ConfigError(f"{given[0]} and {given[1]} are both given; keep one and leave the other out")
+    if needed and not given:
+        raise ConfigError(f"neither {one} nor {other} is given; set one of them")
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, str) else f"[{','.join(value)}]"
