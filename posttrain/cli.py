@@ -18,12 +18,16 @@ from posttrain.places import described, package_folder
 
 @dataclass(frozen=True)
 class Verb:
-    """function: module:name, called with the Config where the verb takes one, else with the arguments that follow it."""
+    """function: module:name, called with the Config, or with the arguments where the verb has options instead.
+
+    options: how they are typed; the tool parses them, but importing it for its help would import torch.
+    """
 
     function: str
     usage: str
     says: str
     takes_config: bool = True
+    options: str = ""
 
 
 SETTINGS = "[key=value ...]"
@@ -37,9 +41,19 @@ VERBS = {
     ),
     "eval": Verb("posttrain.tools.evaluate:evaluate", SETTINGS, "score a model on data.eval, with intervals"),
     "prepare": Verb("posttrain.tools.prepare:prepare", SETTINGS, "tokenise the data to a cache, once"),
-    "chat": Verb("posttrain.tools.chat:chat", "RUN|MODEL", "talk to a trained model", takes_config=False),
+    "chat": Verb(
+        "posttrain.tools.chat:chat",
+        "RUN|MODEL",
+        "talk to a trained model",
+        takes_config=False,
+        options="[--system TEXT] [--temperature T, 0 is greedy] [--max-new-tokens N] [--seed N]",
+    ),
     "merge": Verb(
-        "posttrain.tools.merge:merge", "RUN OUT", "a run's adapter merged into its model", takes_config=False
+        "posttrain.tools.merge:merge",
+        "RUN OUT",
+        "a run's adapter merged into its model",
+        takes_config=False,
+        options="[--dtype auto|float32|bfloat16|float16]",
     ),
     "doctor": Verb("posttrain.tools.doctor:doctor", "", "what this machine has and lacks", takes_config=False),
 }
@@ -135,7 +149,7 @@ def help_screen() -> str:
 def verb_screen(name: str) -> str:
     """A verb's usage; for verbs on a config also every key: conf/config.yaml and the stages' own keys."""
     verb = VERBS[name]
-    head = f"usage: posttrain {name} {verb.usage}".rstrip() + f"\n{verb.says}"
+    head = " ".join(word for word in ("usage: posttrain", name, verb.usage, verb.options) if word) + f"\n{verb.says}"
     if not verb.takes_config:
         return head
     conf = package_folder("conf")

@@ -30,7 +30,8 @@ class Runtime:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         handlers = [
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # rank 0 may prepare data for long
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # decoders' buffers never change; broadcasting them would tie evaluation's forwards together
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ]
         self.accelerator = Accelerator(
             mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available(), kwargs_handlers=handlers

@@ -35,8 +35,7 @@ def run_time_imports(tree: ast.AST) -> Iterator[str]:
     """Modules imported anywhere but under `if TYPE_CHECKING`, also inside functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            for other in node.orelse:
-                yield from run_time_imports(other)
+            yield from run_time_imports(ast.Module(node.orelse, []))
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module == "posttrain":

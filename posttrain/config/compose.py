@@ -126,16 +126,15 @@ def _compose(choices: Mapping[str, str], found: Folders) -> dict[str, Any]:
     if found.users:
         paths = ",".join(_quote(f"file://{folder}") for folder in found.users)
         overrides.append(f"hydra.searchpath=[{paths}]")
-    hydra = GlobalHydra.instance()
-    callers = hydra.hydra  # a notebook may have initialised Hydra for itself
-    hydra.clear()
+    callers = GlobalHydra.instance().hydra  # a notebook may have initialised Hydra for itself
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(found.own), version_base="1.3", job_name="posttrain"):
             composed = compose("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"the configuration does not compose: {' '.join(str(error).split())}") from None
     finally:
-        hydra.hydra = callers
+        GlobalHydra.instance().hydra = callers
     plain = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(plain, dict)
     return flatten({str(key): value for key, value in plain.items()})

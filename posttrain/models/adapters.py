@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from posttrain.errors import ModelError
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels on every machine without a GPU
 
 FUSED = ("query_key_value", "c_attn", "qkv_proj", "Wqkv", "W_pack", "in_proj_qkvz")
 NAMES = {

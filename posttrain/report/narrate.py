@@ -107,7 +107,7 @@ def next_commands(summary: Summary) -> list[tuple[str, str]]:
     return [
         ("talk to it", f"posttrain chat {run}"),
         ("its files", f"{run}/model (weights), metrics.jsonl, samples.jsonl, summary.json"),
-        ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps}"),
+        ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps} run.dir={run}-longer"),
     ]
 
 

@@ -8,7 +8,7 @@ from posttrain.stats.bins import BinSums, bin_index, bin_sums
 from posttrain.stats.calibration_error import CalibrationError, ece_estimate, gaps, mce_estimate
 from posttrain.stats.estimate import Estimate
 from posttrain.stats.inputs import Array, check_level, check_resamples, vector
-from posttrain.stats.ratios import bootstrap
+from posttrain.stats.ratios import pooled
 from posttrain.stats.resampling import resampled_sums
 
 
@@ -59,12 +59,12 @@ def mce(
 def brier(confidence: Any, correct: Any, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """Mean of (confidence - correct)², items [N] each an example of its own. Brier (1950), Monthly Weather Review 78:1.
 
-    Interval and se as `bootstrap`.
+    Interval and se as `bootstrap`, the lower end not below 0.
     """
     bin_index(confidence, 1)
     sure = vector("confidence", confidence)
     squares = (sure - vector("correct", correct, len(sure), low=0)) ** 2
-    return bootstrap(squares, resamples=resamples, level=level, seed=seed)
+    return pooled(squares, np.ones(len(squares)), level, resamples, seed)
 
 
 def ece_from_bins(

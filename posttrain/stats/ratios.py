@@ -121,7 +121,12 @@ def bits_per_char(
 
 
 def _per_unit(name: str, nll_sums: Any, counts: Any, level: float, resamples: int, seed: int) -> Estimate:
-    check_level(level), check_resamples(resamples)
     above = vector("nll_sums", nll_sums)
-    below = vector(name, counts, len(above), low=0)
-    return estimate(_ratio_of_rows(above, below, resamples, seed), below.sum(), len(above), level, least=0.0)
+    return pooled(above, vector(name, counts, len(above), low=0), level, resamples, seed)
+
+
+def pooled(numerators: Array, denominators: Array, level: float, resamples: int, seed: int) -> Estimate:
+    """Σ numerators / Σ denominators of a score that cannot be negative; n is Σ denominators."""
+    check_level(level), check_resamples(resamples)
+    score = _ratio_of_rows(numerators, denominators, resamples, seed)
+    return estimate(score, denominators.sum(), len(numerators), level, least=0.0)

@@ -96,7 +96,10 @@ def test_turns_that_are_trained(template: str, train_on: str, expected: str) -> 
     assert targets(group, tokenizer) == expected
     whole = tokenizer.decode(group.prompt + group.responses[0])
     assert whole == tokenizer.apply_chat_template(
-        [{"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"), ("user", "more"), ("assistant", "ok"))],
+        [
+            {"role": r, "content": c}
+            for r, c in (("user", "hi"), ("assistant", "yo"), ("user", "more"), ("assistant", "ok"))
+        ],
         tokenize=False,
     )
 
@@ -180,7 +183,9 @@ def test_pretraining_targets_everything_but_the_first_token() -> None:
 
 
 class TestDocuments:
-    def windows(self, text: str, max_length: int, bos: bool = False, stream: int | None = None) -> tuple[list[Any], Any]:
+    def windows(
+        self, text: str, max_length: int, bos: bool = False, stream: int | None = None
+    ) -> tuple[list[Any], Any]:
         tokenizer = make_tokenizer(bos=bos)
         worker = Tokenizer(tokenizer, Encoding("none", max_length, "split", prompt_is_target=True))
         if stream:

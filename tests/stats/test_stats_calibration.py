@@ -145,8 +145,9 @@ def test_reliability_bars() -> None:
     assert bar.items == inside.sum() == bar.accuracy.n
     assert bar.confidence == pytest.approx(confidence[inside].mean())
     assert bar.accuracy == stats.wilson(correct[inside].sum(), inside.sum())
-    p = correct[inside].mean()
-    assert bar.noise == pytest.approx(1.96 * math.sqrt(p * (1 - p) / inside.sum()), rel=0.05)
+    # by hand: gaps .5 .5 .5 -.5 about their mean .25, se = sqrt(4/3 * .75)/4 = .25
+    (four,) = stats.reliability(*stats.bin_sums([0.5] * 4, [1, 1, 1, 0], 1))
+    assert four.noise == pytest.approx(1.959964 * 0.25)
     assert (bars[0].items, bars[0].confidence, bars[0].accuracy.value, bars[0].noise) == (0, None, None, None)
     gaps = sum(b.items / 2000 * abs(b.accuracy.value - b.confidence) for b in bars if b.items)
     assert gaps == pytest.approx(stats.ece(confidence, correct).value)

@@ -124,6 +124,8 @@ def test_mcnemar_is_for_single_right_or_wrong_answers_only() -> None:
     assert stats.paired_difference(a, b).test == "McNemar exact"
     assert stats.paired_difference([0.5, *a[1:]], b).test == "normal"
     assert stats.paired_difference(a, b, clusters=np.arange(40) // 2).test == "t"
+    # one right answer in each cluster of two is a score of 1/2, not a right answer
+    assert stats.paired_difference([1, 0] * 40, [0, 0] * 40, clusters=np.arange(80) // 2).test == "normal"
 
 
 def test_ece_differences_are_paired_too() -> None:
@@ -142,5 +144,5 @@ def test_ece_differences_are_paired_too() -> None:
 
 
 def test_holm_by_hand() -> None:
-    # Holm's own steps: .01*4, .02*3, .03*2 (raised to .06), .2*1
-    assert stats.holm([0.03, 0.01, 0.2, 0.02]) == pytest.approx([0.06, 0.04, 0.2, 0.06])
+    # .005*4, .01*3, .03*2, .04*1, the last raised to the one before it
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

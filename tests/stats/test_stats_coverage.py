@@ -27,6 +27,7 @@ TRIALS = 250  # the standard error of a coverage of 95 % is 1.4 points
         ("ece, off by 15 %", 0.85, 0.99),
         ("paired ratio", 0.89, 0.985),
         ("paired accuracy", 0.90, 0.99),
+        ("paired ece", 0.86, 0.99),
         ("temperature", 0.89, 0.99),
     ],
 )

@@ -88,6 +88,7 @@ def test_random_groups_keep_the_totals_and_the_spread(monkeypatch: pytest.Monkey
     # relative error of a width: 1/sqrt(2*3000) from the groups, about 3.5 % from 2,000 draws; three sigma of both
     assert grouped.high - grouped.low == pytest.approx(whole.high - whole.low, rel=0.13)
     assert grouped.high - grouped.low == pytest.approx(2 * 1.96 * whole.se, rel=0.11)
+    assert grouped.low < grouped.value < grouped.high
     generator = np.random.default_rng(0)
     assert resampling._random_groups(np.ones((30_011, 1)), generator).sum() == 30_011
     assert np.ptp(resampling._random_groups(np.ones((30_011, 1)), generator)) == 1

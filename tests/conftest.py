@@ -1,0 +1,40 @@
+"""What tests share: one thread a process (pytest-xdist runs two), a cache of their own, and how to run a stage."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = Path(os.environ.get("POSTTRAIN_SHARED_DATA", ROOT.parent / "shared" / "data"))
+SMOLLM2 = Path(os.environ.get("POSTTRAIN_SMOLLM2", "/nonexistent"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in an empty folder; the token cache is shared by a worker's tests, never the user's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Run a stage in this process: run("stage=sft", "train.steps=3") → Summary. Small unless told otherwise."""
+    from posttrain import run as posttrain_run
+
+    def small(*overrides: str) -> Any:
+        defaults = ["train.steps=4", "train.log_every=1", "batch.size=8", "eval.generate=0", "eval.resamples=200"]
+        defaults += ["data.train=embedded:prompt_completion:200", "data.eval=embedded:prompt_completion:40:held_out"]
+        defaults += ["model.path=embedded", "precision=fp32", "data.max_length=64", "optim.lr=1e-4"]
+        given = {override.split("=")[0].lstrip("+") for override in overrides}
+        kept = [default for default in defaults if default.split("=")[0] not in given]
+        return posttrain_run([*kept, *overrides])
+
+    return small

@@ -1,0 +1,267 @@
+"""The loop end to end on the embedded model: numbers do not depend on how the work is split, and a run can stop and go on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posttrain.errors import CheckpointError, TrainingError
+
+Run = Callable[..., Any]
+VARYING = {"tokens_per_second", "peak_memory_bytes"}
+
+
+def log(run_dir: str | Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what differs from machine to machine."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("time_s")
+        line["metrics"] = {k: v for k, v in line["metrics"].items() if k not in VARYING}
+    return lines
+
+
+def losses(run_dir: str | Path) -> list[float]:
+    return [line["metrics"]["loss"] for line in log(run_dir) if line["split"] == "train"]
+
+
+def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    found = list((Path(run_dir) / "model").glob("*.safetensors"))
+    return {name: tensor for path in found for name, tensor in load_file(path).items()}
+
+
+def assert_same_weights(a: str | Path, b: str | Path, atol: float) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=atol)
+
+
+SPLITS = {
+    "8x1": ["batch.micro_size=1"],
+    "small budget": ["batch.micro_tokens=24"],
+    "packed": ["batch.layout=packed"],
+    "packed, two forwards": ["batch.layout=packed", "batch.micro_size=4"],
+}
+STAGES = {
+    "sft": [],
+    "sft by sequence": ["stage.normalize=sequence"],
+    "sft smoothed": ["stage.label_smoothing=0.1"],
+    "lora": ["stage=lora", "optim.lr=1e-3"],
+    "pretrain": ["stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:40:held_out"],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_weights_do_not_depend_on_the_split(run: Run, stage: str) -> None:
+    options = [*STAGES[stage], "train.steps=10", "train.eval_every=10", "optim.lr=1e-5"]
+    whole = run(*options, "run.dir=whole")
+    for name, split in SPLITS.items():
+        other = run(*options, *split, f"run.dir={name.replace(' ', '-').replace(',', '')}")
+        assert losses(other.run_dir) == pytest.approx(losses("whole"), rel=1e-5), name
+        assert_same_weights("whole", other.run_dir, 1e-4)
+        for metric in ("nll", "perplexity", "token_accuracy", "brier"):
+            assert other.start[metric]["value"] == pytest.approx(whole.start[metric]["value"], rel=1e-6), name
+            assert other.metrics[metric]["value"] == pytest.approx(whole.metrics[metric]["value"], rel=1e-4), name
+
+
+def test_same_seed_same_bits_and_another_seed_another_run(run: Run) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(f"run.dir={name}", f"train.seed={seed}")
+    assert log("a") == log("b")
+    assert_same_weights("a", "b", 0.0)
+    assert losses("a") != losses("c")
+
+
+def test_two_ranks_give_what_one_does(run: Run) -> None:
+    options = ["train.steps=5", "train.eval_every=5", "batch.size=7"]  # 7: the ranks' shares differ
+    one = run(*options, "run.dir=one")
+    arguments = [*options, "train.log_every=1", "eval.generate=16", "eval.verifier=exact", "eval.max_new_tokens=4"]
+    arguments += ["eval.resamples=200", "data.train=embedded:prompt_completion:200", "model.path=embedded"]
+    arguments += ["data.eval=embedded:prompt_completion:40:held_out", "precision=fp32", "data.max_length=64"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29611",
+        "-m",
+        "posttrain",
+    ]
+    done = subprocess.run(
+        [*launch, *arguments, "optim.lr=1e-4", "run.dir=two"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes" in done.stdout
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+    assert_same_weights("one", "two", 1e-4)
+    two = json.loads(Path("two/summary.json").read_text())
+    for field in ("value", "low", "high", "se"):  # the same weights: the same scores
+        assert two["start"]["nll"][field] == pytest.approx(one.start["nll"][field], rel=1e-6)
+    assert two["metrics"]["nll"]["value"] == pytest.approx(one.metrics["nll"]["value"], rel=1e-4)
+    assert two["metrics"]["accuracy"]["n"] == 16
+    assert len(Path("two/samples.jsonl").read_text().splitlines()) == 16
+
+
+def test_training_improves_and_the_interval_excludes_the_start(run: Run) -> None:
+    summary = run("train.steps=60", "batch.size=32", "optim.lr=3e-4", "train.log_every=10", "eval.generate=40",
+                  "data.train=embedded:prompt_completion:2000", "eval.verifier=exact", "eval.max_new_tokens=6")  # fmt: skip
+    for metric in ("nll", "accuracy"):
+        assert summary.changes[metric]["better"] is True, metric
+        assert summary.changes[metric]["low"] * summary.changes[metric]["high"] > 0
+
+
+def test_what_a_run_leaves_behind(run: Run) -> None:
+    summary = run(
+        "run.dir=r", "eval.generate=3", "eval.max_new_tokens=4", "train.save_every=2", "train.keep_checkpoints=1"
+    )
+    files = {path.name for path in Path("r").iterdir()}
+    wanted = (
+        "config.yaml overrides.txt environment.json metrics.jsonl samples.jsonl summary.json checkpoints eval model"
+    )
+    assert set(wanted.split()) <= files
+    lines = log("r")
+    assert [(line["step"], line["split"]) for line in lines][:3] == [(0, "eval"), (1, "train"), (1, "eval")]
+    train = lines[1]["metrics"]
+    assert {"loss", "lr", "grad_norm", "clipped", "tokens", "trained_tokens", "nll"} <= train.keys()
+    score = lines[0]["metrics"]["nll"]
+    assert score.keys() == {"value", "low", "high", "se", "n", "clusters", "method"}
+    assert score["low"] < score["value"] < score["high"]
+    assert (score["clusters"], summary.steps) == (40, 4)
+    kept = sorted(path.name for path in Path("r/checkpoints").iterdir())
+    assert kept == ["step-000004"] or kept == sorted({Path(summary.best_checkpoint).name, "step-000004"})
+    sample = json.loads(Path("r/samples.jsonl").read_text().splitlines()[0])
+    assert sample.keys() == {"id", "prompt", "reference", "before", "after"}
+
+
+def test_the_saved_model_scores_what_the_summary_says(run: Run) -> None:
+    """Loaded by transformers alone, and by posttrain eval."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from posttrain.data import embedded
+
+    summary = run("run.dir=r")
+    model, tokenizer = (cls.from_pretrained("r/model") for cls in (AutoModelForCausalLM, AutoTokenizer))
+    total = count = 0
+    for row in embedded.rows("prompt_completion", 40, held_out=True):
+        prompt, answer = (
+            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion")
+        )
+        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logp = model(ids).logits[0].log_softmax(-1)
+        targets = ids[0, len(prompt) :]
+        total -= logp[len(prompt) - 1 : -1].gather(-1, targets[:, None]).sum().item()
+        count += len(targets)
+    assert total / count == pytest.approx(summary.metrics["nll"]["value"], rel=1e-5)
+    assert count == summary.metrics["nll"]["n"]
+
+
+class TestResume:
+    OPTIONS = ("train.steps=9", "train.eval_every=3", "train.save_every=2", "train.log_every=4")
+
+    def test_a_run_stopped_at_a_checkpoint_goes_on_bit_for_bit(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        run(*self.OPTIONS, "run.dir=whole")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 5)
+            run(*self.OPTIONS, "run.dir=broken")
+        summary = run(*self.OPTIONS, "run.dir=broken")
+        assert log("broken") == log("whole")
+        assert_same_weights("broken", "whole", 0.0)
+        assert summary.tokens == json.loads(Path("whole/summary.json").read_text())["tokens"]
+
+    @pytest.mark.parametrize("adapter", ["lora", "qlora"])
+    def test_adapters_too(self, run: Run, monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
+        options = (*self.OPTIONS, f"stage={adapter}", "adapter.dropout=0.1")
+        run(*options, "run.dir=whole")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 5)
+            run(*options, "run.dir=broken")
+        run(*options, "run.dir=broken")
+        assert log("broken") == log("whole")
+        assert_same_weights("broken", "whole", 0.0)
+
+    def test_a_finished_run_says_so(self, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+        first = run("run.dir=r")
+        assert run("run.dir=r").metrics == first.metrics
+        assert "already finished (4 steps)" in capsys.readouterr().out
+
+    def test_another_config_is_refused_by_its_key(self, run: Run) -> None:
+        run("run.dir=r")
+        with pytest.raises(CheckpointError, match=r"optim.lr \(0.0001 there, 0.002 now\)"):
+            run("run.dir=r", "optim.lr=2e-3")
+        with pytest.raises(CheckpointError, match=r"train.resume=never"):
+            run("run.dir=r", "train.resume=never")
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_saves_and_says_its_status(self, number: int, status: int) -> None:
+        arguments = ["stage=sft", "train.steps=100000", "train.eval_every=100000", "run.dir=r"]
+        command = [sys.executable, "-m", "posttrain", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert process.stdout is not None
+            next(line for line in process.stdout if line.startswith("step 20/"))
+            process.send_signal(number)
+            output = process.stdout.read()
+            assert process.wait(60) == status, output
+        (saved,) = Path("r/checkpoints").iterdir()
+        assert int(saved.name[5:]) >= 20
+        assert not Path("r/summary.json").exists()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """As if the process died in the step after these: nothing is saved on the way out."""
+    from posttrain.train import Trainer
+
+    update = Trainer._update
+
+    def dying(self: Trainer, step: Any) -> None:
+        if self.state.step == steps:
+            raise KeyboardInterrupt
+        update(self, step)
+
+    monkeypatch.setattr(Trainer, "_update", dying)
+
+
+def test_patience_stops_a_run_that_gets_no_better(run: Run) -> None:
+    summary = run("train.steps=40", "train.eval_every=1", "train.patience=2", "optim.lr=0.3", "run.dir=r")
+    assert summary.stopped_early
+    assert summary.steps < 10
+    assert summary.metrics
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.stages.sft import SFT
+
+    score = SFT.token_weights
+
+    def poisoned(self: SFT, batch: Any) -> torch.Tensor:
+        weights = score(self, batch)
+        weights[0] = float("inf")
+        return weights
+
+    monkeypatch.setattr(SFT, "token_weights", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite .* at step 1; this rank's examples: [0-9a-f]{16}"):
+        run("run.dir=r")
+
+
+def test_mixed_sources_have_their_share(run: Run) -> None:
+    run("data.train=[embedded:prompt_completion:100,embedded:text:100]", "stage=pretrain", "data.mix=[3,1]",
+        "data.eval=embedded:text:20:held_out", "data.format=auto", "train.steps=2", "run.dir=r")  # fmt: skip
+    assert np.isfinite(losses("r")).all()
+
+
+def test_time_is_not_wasted_waiting(run: Run) -> None:
+    """A second run over the same data finds its tokens."""
+    run("run.dir=a")
+    began = time.monotonic()
+    run("run.dir=b", "train.steps=1")
+    assert time.monotonic() - began < 60
