@@ -1,6 +1,9 @@
 """What tests share: one thread a process (pytest-xdist runs two), a cache of their own, and how to run a stage."""
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("POSTTRAIN_SHARED_DATA", ROOT.parent / "shared" / "data"))
-SMOLLM2 = Path(os.environ.get("POSTTRAIN_SMOLLM2", "/nonexistent"))
+FETCH = SHARED_DATA.parent / "tools" / "fetch_smollm2.py"
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,30 @@ def _own_folders(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monke
     """Each test runs in an empty folder; the token cache is shared by a worker's tests, never the user's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; tests that need it skip, and say so, where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA} (set POSTTRAIN_SHARED_DATA)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """SmolLM2-135M-Instruct as a transformers directory: POSTTRAIN_SMOLLM2, or fetched once into the temporary folder."""
+    directory = Path(os.environ.get("POSTTRAIN_SMOLLM2", Path(tempfile.gettempdir()) / "posttrain-smollm2"))
+    if not (directory / "config.json").is_file():
+        if not FETCH.is_file():
+            pytest.skip(f"no model at {directory} (set POSTTRAIN_SMOLLM2)")
+        scratch = directory.with_name(f"{directory.name}.{os.getpid()}")
+        done = subprocess.run([sys.executable, str(FETCH), str(scratch)], capture_output=True, text=True, timeout=600)
+        if done.returncode:
+            pytest.skip(f"the real model cannot be fetched here: {done.stderr.strip().splitlines()[-1:]}")
+        if not directory.exists():
+            scratch.rename(directory)
+    return str(directory)
 
 
 @pytest.fixture
