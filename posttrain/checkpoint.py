@@ -1,13 +1,13 @@
 """Checkpoints: complete or absent, never half. A directory is written under another name, flushed, and renamed.
 
 `checkpoints/step-000100/` holds model/ (weights or adapter as transformers or peft load them), optimizer.pt, rng.pt (one state a
-rank) and state.json (step, counters, best so far, what the log has pooled).
+rank) and state.json (step, counters, best so far, what each rank has pooled for the log).
 """
 
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from posttrain.disk import remove, whole_directory, writing
 from posttrain.errors import CheckpointError
 
 NAME = re.compile(r"step-(\d{6,})")
+PARTS = ("model", "optimizer.pt", "rng.pt", "state.json")
 
 
 @dataclass
@@ -34,7 +36,7 @@ class TrainState:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
-    pooled: dict[str, list[float]] = field(default_factory=dict)
+    pooled: list[dict[str, list[float]]] = field(default_factory=list)
 
 
 def name_of(step: int) -> str:
@@ -46,8 +48,18 @@ def complete(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and (path / "state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=step_of)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether this is a checkpoint with all its parts."""
+    return all((path / part).exists() for part in PARTS)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name[5:])
 
 
 def save(
@@ -58,22 +70,12 @@ def save(
     save_model: Callable[[Path], None],
 ) -> Path:
     """Write one checkpoint (rank 0 only); rng: every rank's random state."""
-    root.mkdir(parents=True, exist_ok=True)
-    final, scratch = root / name_of(state.step), root / f".{name_of(state.step)}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    final = root / name_of(state.step)
+    with writing(final), whole_directory(final, root / f".{final.name}.tmp") as scratch:
         save_model(scratch / "model")
         torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
         torch.save(rng, scratch / "rng.pt")
         (scratch / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
-        flush(scratch)
-        remove(final)
-        scratch.rename(final)
-        _flush_directory(root)
-    except OSError:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return final
 
 
@@ -87,11 +89,22 @@ def load_state(checkpoint: Path) -> TrainState:
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Moments and steps back into the optimizer; CheckpointError if they belong to another model."""
-    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise CheckpointError(f"{checkpoint / 'optimizer.pt'} cannot be read: {reason}; delete {checkpoint}") from error
     shapes = [len(group["params"]) for group in saved["param_groups"]]
     here = [len(group["params"]) for group in optimizer.param_groups]
     if shapes != here:
         raise CheckpointError(f"{checkpoint} was saved from another model: {shapes} trained tensors there, {here} here")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        shape, there = tuple(parameters[index].shape), moments.get("exp_avg")
+        if there is not None and tuple(there.shape) != shape:
+            raise CheckpointError(
+                f"{checkpoint} was saved from another model: a trained tensor is {tuple(there.shape)} there, {shape} here"
+            )
     optimizer.load_state_dict(saved)
 
 
@@ -102,35 +115,18 @@ def load_rng(checkpoint: Path, rank: int) -> dict[str, Any] | None:
 
 
 def rotate(root: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` and the best."""
-    for path in complete(root)[:-keep]:
-        if best_step is None or path.name != name_of(best_step):
-            remove(path)
-    for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Delete all but the newest `keep` and the best, and what a killed process left half done."""
+    with writing(root):
+        for path in complete(root)[:-keep]:
+            if best_step is None or path.name != name_of(best_step):
+                remove(path)
+        for leftover in root.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remove(path: Path) -> None:
-    """Delete a directory so that at no moment half of it bears its name."""
-    if path.exists():
-        trash = path.with_name(f".{path.name}.deleted")
-        shutil.rmtree(trash, ignore_errors=True)
-        path.rename(trash)
-        shutil.rmtree(trash)
-
-
-def flush(directory: Path) -> None:
-    """Push every file below to the disk before the rename makes them count."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _flush_directory(directory)
-
-
-def _flush_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def drop_newer(root: Path, step: int) -> list[str]:
+    """Delete checkpoints of later steps, which a run that goes back to this one leaves behind; returns their names."""
+    newer = [path for path in complete(root) if step_of(path) > step]
+    for path in newer:
+        remove(path)
+    return [path.name for path in newer]

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from posttrain import __version__
-from posttrain.errors import ConfigError, Stopped, UserError
+from posttrain.errors import ConfigError, Stopped, TrainingError, UserError
 from posttrain.places import described, package_folder
 
 
@@ -33,9 +33,7 @@ class Verb:
 SETTINGS = "[key=value ...]"
 VERBS = {
     "train": Verb("posttrain.train:train", SETTINGS, "train (what happens without a verb)"),
-    "plan": Verb(
-        "posttrain.tools.plan:plan", SETTINGS, "what would happen: data, steps, memory, time; loads no weights"
-    ),
+    "plan": Verb("posttrain.tools.plan:plan", SETTINGS, "what would happen: data, steps, memory; loads no weights"),
     "inspect": Verb(
         "posttrain.tools.inspect:inspect", SETTINGS, "examples as the model sees them, trained tokens marked"
     ),
@@ -76,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _tell_error(error, debug)
         return 2
+    except TrainingError as error:
+        _tell_error(error, debug)
+        return 1
     except Stopped as stopped:
         if _is_first_rank():
             print(f"{stopped}; the same command continues the run from its checkpoint", file=sys.stderr)
@@ -163,7 +164,7 @@ def _load(verb: Verb) -> Callable[[Any], Any]:
     return loaded
 
 
-def _tell_error(error: UserError, debug: bool) -> None:
+def _tell_error(error: Exception, debug: bool) -> None:
     """A few lines on rank 0; every rank of a launch meets the same mistake."""
     if debug:
         traceback.print_exc()

@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A run directory or checkpoint that cannot be continued."""
 
 
+class OutputError(UserError):
+    """A place that cannot be written: no permission, no room."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on (a non-finite loss or gradient); exit status 1."""
 

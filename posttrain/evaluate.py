@@ -151,7 +151,7 @@ class Evaluator:
         samples = []
         for group, prompt, answer in zip(groups, prompts, generated, strict=True):
             text = tokenizer.decode(answer.ids, skip_special_tokens=True)
-            reference = reference_answer(group)
+            reference = reference_answer(group, tokenizer)
             verdict = verify(text, reference) if verify else None
             shown = tokenizer.decode(prompt)
             samples.append(Sample(group.id, shown, text, reference, answer.finished, verdict, verify is not None))
@@ -161,18 +161,22 @@ class Evaluator:
 def prompt_tokens(group: TokenGroup) -> list[int]:
     """What generation is given: the prompt, or the beginning of a plain document."""
     if json.loads(group.text)["prompt"] is not None:
-        return group.prompt
+        return group.prompt + group.responses[0][: group.masks[0].index(True)]
     whole = group.prompt + group.responses[0]
     return whole[: min(CONTINUATION_PROMPT, (len(whole) + 1) // 2)]
 
 
-def reference_answer(group: TokenGroup) -> str:
-    """The row's `answer` column, else its response."""
+def reference_answer(group: TokenGroup, tokenizer: Any) -> str:
+    """The row's `answer` column, else the first trained turn: generation is given what stands before it."""
     text = json.loads(group.text)
     if "answer" in text["columns"]:
         return str(text["columns"]["answer"])
-    response = text["responses"][0]
-    return response if isinstance(response, str) else str(response[-1]["content"])
+    if text["prompt"] is None:
+        return str(text["responses"][0])
+    response, mask = group.responses[0], group.masks[0]
+    start = mask.index(True)
+    stop = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
+    return str(tokenizer.decode(response[start:stop], skip_special_tokens=True)).strip()
 
 
 def write_records(path: Path, evaluation: Evaluation) -> None:
@@ -182,8 +186,12 @@ def write_records(path: Path, evaluation: Evaluation) -> None:
     for name, column in evaluation.records.items():
         columns[name] = column if column.ndim == 1 else list(column)
     scratch = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), scratch)
-    scratch.replace(path)
+    try:
+        pq.write_table(pa.table(columns), scratch)
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def read_records(path: Path) -> tuple[list[str], list[str], Records]:

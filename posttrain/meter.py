@@ -1,11 +1,15 @@
-"""What is pooled between two log lines: sums and counts over micro-batches, ranks and steps, divided once when told."""
+"""What is pooled between two log lines: sums and counts over micro-batches, ranks and steps, divided once when told; and
+what of a step is not finite."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from posttrain.data.loader import Step
+from posttrain.models.router import EXPERT_LOAD
 from posttrain.runtime import Runtime
 from posttrain.stages.base import Loss
 
@@ -18,8 +22,10 @@ ALIKE = ("grad_norm", "clipped")
 class Meter:
     """sums: name → [sum, count]; losses stay on their device until a line is due, so that no step waits for them."""
 
-    def __init__(self, runtime: Runtime, weights: dict[str, float], sums: Pooled) -> None:
-        self.runtime, self.weights, self.sums = runtime, weights, sums
+    def __init__(self, runtime: Runtime, weights: dict[str, float], pooled: list[Pooled]) -> None:
+        """pooled: what a checkpoint kept, one a rank."""
+        self.runtime, self.weights = runtime, weights
+        self.sums = _share_of(pooled, runtime.rank, runtime.world)
         self.tokens, self.seconds, self.steps = 0, 0.0, 0
 
     def add_loss(self, loss: Loss, counts: dict[str, float]) -> None:
@@ -55,9 +61,39 @@ class Meter:
         means |= {name: sums[name][0] / sums[name][1] for name in ALIKE if name in sums}
         terms = {name: means.pop(name) for name in list(means) if name.startswith(TERM)}
         loss = sum(self.weights.get(name.removeprefix(TERM), 1.0) * value for name, value in terms.items())
+        loads = [means.pop(name) for name in list(means) if name.startswith(EXPERT_LOAD)]
+        if loads:  # known only now that every micro-batch and rank is in
+            means |= {"expert_load_max": max(loads), "expert_load_min": min(loads)}
         return {"loss": loss, **means}
 
     def _add(self, name: str, total: Tensor | float, count: float) -> None:
         pair = self.sums.setdefault(name, [0.0, 0.0])
         pair[0] = pair[0] + (total.double() if isinstance(total, Tensor) else total)
         pair[1] += count
+
+
+def _share_of(pooled: list[Pooled], rank: int, world: int) -> Pooled:
+    """This rank's sums; where another number of ranks goes on, rank 0 has them all and the others zeros."""
+    if not pooled or len(pooled) == world:
+        return pooled[rank] if pooled else {}
+    names = pooled[0] if rank == 0 else {}
+    whole = {name: [sum(each[name][i] for each in pooled) for i in (0, 1)] for name in names}
+    zeros: Pooled = {name: [0.0, 0.0] for name in pooled[0]}
+    return zeros | whole | {name: list(pooled[0][name]) for name in ALIKE if name in pooled[0]}
+
+
+def not_finite(norm: Tensor, losses: Tensor, step: Step) -> str | None:
+    """What of a step is not finite, and this rank's examples in it; None if all is well.
+
+    norm: of the whole gradient. losses: [micro-batches]; where one is at fault, its examples alone are named.
+    """
+    good = torch.isfinite(losses)
+    if torch.isfinite(norm) & good.all():
+        return None
+    what, suspects = f"the gradient is not finite ({float(norm)})", step.micro_batches
+    if not good.all():
+        what = "the loss is not finite"
+        suspects = [m for m, fine in zip(step.micro_batches, good.tolist(), strict=True) if not fine]
+    ids = [i for micro in suspects for i in micro.ids]
+    shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+    return f"{what} at step {step.number + 1}; this rank's examples: {shown}"

@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 
-from posttrain.checkpoint import complete
+from posttrain.checkpoint import complete, is_complete
+from posttrain.disk import check_writable, write_json, write_text, writing
 from posttrain.errors import CheckpointError, ConfigError
+
+RECORD = "config.json"
+"""The whole config as plain values, and the verb: what a continuation is compared with."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
 FREE_KEYS = ("run", "log", "data.cache", "train.resume", "train.keep_checkpoints", "train.log_every")
@@ -49,7 +53,7 @@ def default_name(stage: str) -> str:
     return f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def open_run(config: dict[str, Any], stage: str) -> RunDir:
+def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
     """Decide where the run goes and whether it continues; on rank 0 only, the others are told.
 
     train.resume=auto: the same config continues its newest complete checkpoint, another config is refused, no checkpoint
@@ -61,14 +65,14 @@ def open_run(config: dict[str, Any], stage: str) -> RunDir:
         if run["dir"]
         else Path(run["root"]).expanduser() / (run["name"] or default_name(stage))
     )
-    previous = path / "config.json"
-    if previous.is_file():
+    check_writable(path)
+    if (path / RECORD).is_file():
         if resume == "never":
             raise CheckpointError(
                 f"run.dir={path} already holds a run and train.resume=never; give another run.dir or delete it"
             )
-        _check_same(path, json.loads(previous.read_text(encoding="utf-8")), config)
-    elif path.is_dir() and any(path.iterdir()):
+        _check_same(path, _recorded(path / RECORD), {**config, "verb": verb})
+    elif path.is_dir() and any(entry.name != f".{RECORD}.tmp" for entry in path.iterdir()):
         raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
     if resume not in ("auto", "never"):
         return RunDir(path, _chosen_checkpoint(Path(resume).expanduser()))
@@ -76,25 +80,20 @@ def open_run(config: dict[str, Any], stage: str) -> RunDir:
     return RunDir(path, found[-1] if found else None, finished=(path / "summary.json").is_file())
 
 
-def create(run: RunDir, config: dict[str, Any], yaml: str, overrides: list[str], facts: dict[str, Any]) -> None:
-    """Write config.yaml, overrides.txt and environment.json; says plainly when the place cannot be written."""
-    try:
+def create(
+    run: RunDir, config: dict[str, Any], yaml: str, overrides: list[str], facts: dict[str, Any], verb: str = "train"
+) -> None:
+    """Write config.yaml, overrides.txt and environment.json; says plainly when the place cannot be written.
+
+    The record that makes the directory a run comes first, so that a run killed right here can still be started again.
+    """
+    with writing(run.path, "set run.dir or run.root"):
         run.path.mkdir(parents=True, exist_ok=True)
-        (run.path / "config.yaml").write_text(yaml, encoding="utf-8")
-        (run.path / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides), encoding="utf-8")
+        write_json(run.path / RECORD, {**config, "verb": verb})
+        write_text(run.path / "config.yaml", yaml)
+        write_text(run.path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
         write_json(run.path / "environment.json", {**environment(), **facts})
-        write_json(run.path / "config.json", config)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the run directory {run.path}: {error.strerror}; set run.dir or run.root"
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file at once: readers see the old one or the new one."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+        (run.path / "summary.json").unlink(missing_ok=True)  # train.resume=PATH takes a finished run up again
 
 
 def environment() -> dict[str, Any]:
@@ -109,6 +108,16 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; give another run.dir or delete {path.parent}"
+        ) from error
+    return {"verb": "train", **recorded}
 
 
 def _check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -136,7 +145,7 @@ def _is_free(key: str) -> bool:
 
 
 def _chosen_checkpoint(path: Path) -> Path:
-    if (path / "state.json").is_file():
+    if is_complete(path):
         return path
     found = complete(path / "checkpoints") or complete(path)
     if not found:

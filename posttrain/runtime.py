@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import ConfigError
 
@@ -27,12 +29,14 @@ class Runtime:
 
     def __init__(self, precision: str, distribution: str) -> None:
         _check_launcher(precision, distribution)
+        transformers_logging.set_verbosity_error()  # what matters of its warnings is checked, and said by us
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         handlers = [
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # rank 0 may prepare data for long
             # decoders' buffers never change; broadcasting them would tie evaluation's forwards together
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ]
+        AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
         self.accelerator = Accelerator(
             mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
         )

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from posttrain import rundir
-from posttrain.checkpoint import TrainState, load_optimizer, load_rng, load_state
+from posttrain.checkpoint import TrainState
 from posttrain.data.batches import Packing
 from posttrain.data.loader import Loader, Order
 from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.tokenize import end_ids, end_of_turn
-from posttrain.errors import ConfigError, ModelError, UserError
+from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Networks, build_policy
-from posttrain.models.probe import check_forward, probe_examples
+from posttrain.models.probe import check_forward, probe_positions, sliding_window
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
+from posttrain.resume import restore, resumed
 from posttrain.rundir import RunDir
-from posttrain.runtime import Runtime, seed_everything, set_rng_state
+from posttrain.runtime import Runtime, seed_everything
 
 if TYPE_CHECKING:
-    from posttrain.config import Config
+    from posttrain.config import AdapterConfig, Config, ModelConfig
+    from posttrain.models.policy import Policy
 
 T = TypeVar("T")
 
 MICRO_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 """Default token budget of one forward: enough to fill the device, small enough to fit beside the weights."""
 
-OVERHEAD_TOKENS = {"cpu": 64, "cuda": 1_024}
+OVERHEAD_TOKENS = {"cpu": 256, "cuda": 1_024}
 """What one more forward costs beside its tokens: reading the weights, launching kernels."""
 
 
@@ -65,16 +68,16 @@ def on_main(runtime: Runtime, function: Callable[[], T]) -> T:
             outcome = (function(), None)
         except UserError as error:
             outcome = (None, error)
-    value, error = runtime.share(outcome)
-    if error is not None:
-        raise error
-    return value  # type: ignore[no-any-return]
+    value, told = runtime.share(outcome)
+    if told is not None:
+        raise told
+    result: T = value
+    return result
 
 
 def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -> Session:
     """Build it all in the order in which a user's mistakes are cheapest to tell: data before weights."""
     cfg.stage.check()
-    model = _resumed_model(cfg, run)
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     ends = stop_ids(prepared, tokenizer)
@@ -84,19 +87,21 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
         prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens, rank=runtime.rank, world=runtime.world
     )
     steps, draws = count_steps(cfg, loader)
+    if cfg.train.patience is not None and not len(prepared.eval):
+        raise ConfigError(f"train.patience={cfg.train.patience} needs scores, but no evaluation example was held out")
     seed_everything(cfg.train.seed, 0)
-    policy, described = build_policy(
-        replace(cfg.model, **model), _resumed_adapter(cfg, run), runtime.compute_dtype, cfg.train.seed,
-        cfg.train.gradient_checkpointing,
-    )  # fmt: skip
+    policy, described = open_policy(cfg, runtime, *resumed(cfg, run), checkpointing=cfg.train.gradient_checkpointing)
     check_fits(cfg, policy, tokenizer)
     policy.to(runtime.device)
-    probe = check_forward(policy, probe_examples(_first(prepared)), packing.layout, runtime.device)
+    probed = prepared.train.groups(probe_positions(prepared.train.longest, sliding_window(policy.network)))
+    probe = check_forward(policy, probed, packing.layout, runtime.device)
     optimizer = build_optimizer(policy, cfg.optim)
     wrapped = runtime.wrap(policy, find_unused=policy.is_mixture)
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
-    state = _restore(run, optimizer, runtime, cfg.train.seed)
+    state = restore(run, optimizer, runtime, cfg.train.seed)
+    if state.step > steps:
+        raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(
         cfg, runtime, console, run, prepared, networks, loader, evaluator, optimizer, state, steps, draws, ends, probe
     )  # fmt: skip
@@ -121,7 +126,9 @@ def count_steps(cfg: Config, loader: Loader) -> tuple[int, int | None]:
     """Optimizer steps, and how many examples are drawn where epochs count."""
     if cfg.train.steps:
         return cfg.train.steps, None
-    return loader.count_steps(cfg.train.epochs), round(cfg.train.epochs * len(loader.data))
+    epochs = cfg.train.epochs
+    assert epochs is not None, "the config gives steps or epochs"
+    return loader.count_steps(epochs), round(epochs * len(loader.data))
 
 
 def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:
@@ -131,14 +138,19 @@ def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:
 
 
 def check_fits(cfg: Config, policy: Any, tokenizer: Any) -> None:
-    """The tokenizer's ids must have embeddings, and examples must fit the positions the model knows."""
+    """The tokenizer's ids must have embeddings, and examples must fit the positions."""
     rows = policy.network.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens but the model has embeddings for {rows:,}; "
             "give the model's own tokenizer (model.tokenizer)"
         )
-    limit = getattr(policy.network.config, "max_position_embeddings", None)
+    check_positions(cfg, policy.network.config)
+
+
+def check_positions(cfg: Config, config: Any) -> None:
+    """Examples must fit the positions the model knows."""
+    limit = getattr(config, "max_position_embeddings", None)
     if limit and cfg.data.max_length > limit:
         raise ConfigError(
             f"data.max_length={cfg.data.max_length}, but the model's positions end at {limit}; "
@@ -155,45 +167,26 @@ def source_dtype(cfg: Config) -> torch.dtype | None:
 
 
 def _first(prepared: Prepared) -> list[Any]:
-    return prepared.train.groups(range(min(64, len(prepared.train))))
+    data = prepared.train if len(prepared.train) else prepared.eval
+    return data.groups(range(min(64, len(data))))
 
 
 def _mix(cfg: Config) -> list[float] | None:
     return list(cfg.data.mix) if cfg.data.mix else None
 
 
-def _resumed_model(cfg: Config, run: RunDir) -> dict[str, Any]:
-    """A whole model continues from its checkpoint's weights, read as any other model is."""
-    if run.checkpoint is None or cfg.adapter.name != "none":
-        return {}
-    path = str(run.checkpoint / "model")
-    return {
-        "path": path,
-        "tokenizer": cfg.model.tokenizer or cfg.model.path,
-        "init": "weights",
-        "gguf_file": None,
-        "revision": None,
-    }
-
-
-def _resumed_adapter(cfg: Config, run: RunDir) -> Any:
-    """An adapter continues from its checkpoint's, over the same base."""
-    if run.checkpoint is None or cfg.adapter.name == "none":
-        return cfg.adapter
-    return replace(cfg.adapter, path=str(run.checkpoint / "model"))
-
-
-def _restore(run: RunDir, optimizer: torch.optim.Optimizer, runtime: Runtime, seed: int) -> TrainState:
-    seed_everything(seed, runtime.rank)
-    if run.checkpoint is None:
-        return TrainState()
-    load_optimizer(run.checkpoint, optimizer)
-    rng = load_rng(run.checkpoint, runtime.rank)
-    if rng is not None:
-        set_rng_state(rng)
-    return load_state(run.checkpoint)
-
-
-def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime) -> RunDir:
+def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: str = "train") -> RunDir:
     """The run directory, chosen on rank 0; errors reach every rank."""
-    return on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name))
+    return on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name, verb))
+
+
+def open_policy(
+    cfg: Config, runtime: Runtime, model: ModelConfig, adapter: AdapterConfig, checkpointing: bool = False
+) -> tuple[Policy, str]:
+    """The policy and its adapter's line; weights that cannot be read are the user's to mend, whoever finds it out."""
+    try:
+        return build_policy(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing)
+    except SafetensorError as error:
+        raise ModelError(
+            f"cannot read the weights of {model.path}: {error}; a .safetensors file there is cut short or is no such file"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,16 @@ import torch
 
 from posttrain import checkpoint
 from posttrain.data.loader import Step
+from posttrain.disk import whole_directory, write_json, writing
 from posttrain.errors import Stopped, TrainingError
-from posttrain.evaluate import Evaluation, read_records, write_records
-from posttrain.meter import Meter
+from posttrain.evaluate import Evaluation
+from posttrain.meter import Meter, not_finite
 from posttrain.models.export import save_model
 from posttrain.optim import learning_rate
-from posttrain.report import narrate, samples
+from posttrain.report import narrate
 from posttrain.report.console import Console
-from posttrain.report.sinks import Sink, open_sinks, plain
-from posttrain.rundir import create, write_json
+from posttrain.report.logbook import Logbook
+from posttrain.rundir import create
 from posttrain.runtime import Runtime, rng_state
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
@@ -55,25 +57,24 @@ class Trainer:
         self.session, self.config = session, config
         self.runtime, self.state, self.cfg = session.runtime, session.state, session.cfg
         self.meter = Meter(session.runtime, session.cfg.stage.weights(), session.state.pooled)
-        self.sinks: list[Sink] = []
+        self.logbook = Logbook(session.run)
         self.stop = StopRequest()
-        self.started = time.monotonic()
+        self.stopping = 0
         self.start: Evaluation | None = None
         self.eval_every = self.cfg.train.eval_every or max(1, -(-session.steps // 5))
         self.save_every = self.cfg.train.save_every or self.eval_every
 
     def run(self) -> Summary:
-        self._open()
-        narrate.plan(self.session)
         try:
+            self._open()
+            narrate.plan(self.session)
             with self.stop.listening(self.session.console.line):
                 self._begin()
                 evaluation = self._fit()
             return self._finish(evaluation)
         finally:
             self.session.console.stop_progress()
-            for sink in self.sinks:
-                sink.close()
+            self.logbook.close()
 
     def _open(self) -> None:
         """The run directory and its logs, on rank 0."""
@@ -86,23 +87,25 @@ class Trainer:
             "device": self.runtime.describe(),
         }
         create(session.run, self.config, cfg.to_yaml(), cfg.overrides, facts)
-        resumed_at = self.state.step if session.run.checkpoint else None
-        self.sinks = open_sinks(cfg.log, session.run.path, self.config, resumed_at)
+        dropped = checkpoint.drop_newer(session.run.checkpoints, self.state.step)
+        if dropped:
+            session.console.line(f"removed {', '.join(dropped)}: later than the checkpoint that train.resume names")
+        self.logbook.open(cfg.log, self.config, self.state.step if session.run.checkpoint else None)
 
     def _begin(self) -> None:
         """Evaluate before the first step, or read back what an earlier process found then."""
-        path = self.session.run.records(0)
-        if self.session.run.checkpoint is None or not path.is_file():
-            self.start = self._evaluate(0, with_samples=True)
-        elif self.runtime.is_main:
-            ids, clusters, records = read_records(path)
-            metrics = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            self.start = Evaluation(0, metrics, ids, clusters, records, samples.read(self.session.run))
+        self.start = self.logbook.first_evaluation() if self.session.run.checkpoint else None
+        if not self.runtime.share(self.start is not None):
+            start = self._evaluate(with_samples=True)
+            self.logbook.evaluation(start, None)
+            self.start = start
         narrate.start(self.session, self.start)
 
     def _fit(self) -> Evaluation | None:
         """Every optimizer step; returns the last evaluation."""
         session, state, train = self.session, self.state, self.cfg.train
+        if self._is_over:  # killed between the last checkpoint and summary.json
+            return self.logbook.evaluation_at(state.step)
         session.networks.train(True)
         evaluation: Evaluation | None = None
         session.console.start_progress(session.steps, state.step)
@@ -114,59 +117,74 @@ class Trainer:
             if state.step % train.log_every == 0 or last:
                 self._log()
             if state.step % self.eval_every == 0 or last:
-                evaluation = self._evaluate(state.step, final=last, with_samples=last)
-                self._judge(evaluation)
-            impatient = train.patience is not None and state.evaluations_since_best >= train.patience
-            if state.step % self.save_every == 0 or last or self.stop.number or impatient:
+                evaluation = self._look(last)
+            if state.step % self.save_every == 0 or self._is_over or self.stopping:
                 self._save()
-            if self.stop.number and not last:
-                raise Stopped(self.stop.number)
-            if impatient and not last:
-                return self._evaluate(state.step, final=True, with_samples=True)
+            if self._is_over:
+                break
+            if self.stopping:
+                raise Stopped(self.stopping)
         return evaluation
+
+    @property
+    def _is_over(self) -> bool:
+        """All steps are done, or train.patience is at its end."""
+        patience = self.cfg.train.patience
+        impatient = patience is not None and self.state.evaluations_since_best >= patience
+        return self.state.step >= self.session.steps or impatient
 
     def _update(self, step: Step) -> None:
         """One optimizer step: sums over micro-batches and ranks, divided once by the step's counts."""
         began, runtime, stage, session = time.monotonic(), self.runtime, self.cfg.stage, self.session
-        counts = self._global_counts(step)
+        counts, losses = self._global_counts(step), []
         weights = stage.weights()
         for i, micro in enumerate(step.micro_batches):
             with runtime.sync_only(i == len(step.micro_batches) - 1, session.networks.policy):
                 loss = stage.loss(session.networks, micro.to(runtime.device))
-                total = sum(weights.get(k, 1.0) * term / max(counts[k], 1e-9) for k, term in loss.terms.items())
+                parts = [weights.get(k, 1.0) * term / max(counts[k], 1e-9) for k, term in loss.terms.items()]
+                total = torch.stack(parts).sum()
                 runtime.backward(total * runtime.world)  # DDP averages over ranks; the counts are global already
             self.meter.add_loss(loss, stage.counts(micro))
+            losses.append(total.detach())
         norm = runtime.clip(session.networks.parameters, self.cfg.optim.max_grad_norm)
-        self._check_finite(norm, step)
+        self._check_finite(norm, torch.stack(losses), step)
         lr = learning_rate(self.state.step, session.steps, self.cfg.optim.lr, self.cfg.schedule)
         for group in session.optimizer.param_groups:
             group["lr"] = lr
         session.optimizer.step()
         session.optimizer.zero_grad(set_to_none=True)
+        if runtime.world == 1:
+            self.stopping = self.stop.number
         self._advance(step, float(norm), lr, time.monotonic() - began)
 
     def _global_counts(self, step: Step) -> dict[str, float]:
-        """Units of each loss term over the whole step; a signal to any rank travels along, so that all stop together."""
+        """Units of each loss term over the whole step; a signal to any rank travels along, so that all stop together.
+
+        A rank that hears one later than this waits for the next step: the others must hear of it first.
+        """
         counts = {"_signal": float(self.stop.number)}
         for micro in step.micro_batches:
             for name, count in self.cfg.stage.counts(micro).items():
                 counts[name] = counts.get(name, 0.0) + count
         counts = self.runtime.global_sum(counts)
         heard = int(counts.pop("_signal"))
-        self.stop.number = self.stop.number or heard
+        self.stopping = self.stop.number or heard if heard else 0
         return counts
 
-    def _check_finite(self, norm: torch.Tensor, step: Step) -> None:
-        if torch.isfinite(norm):
-            return
-        done = checkpoint.complete(self.session.run.checkpoints)
-        ids = [i for micro in step.micro_batches for i in micro.ids]
-        shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
-        raise TrainingError(
-            f"the gradient is not finite ({float(norm)}) at step {self.state.step + 1}; this rank's examples: {shown}. "
-            f"Nothing was updated; the last good checkpoint is {done[-1] if done else 'none yet'}. "
-            "Try a smaller optim.lr, or precision=fp32"
-        )
+    def _check_finite(self, norm: torch.Tensor, losses: torch.Tensor, step: Step) -> None:
+        """losses: [micro-batches], of this rank."""
+        if not self.state.step and not float(norm):
+            raise TrainingError(
+                "no gradient reaches the trained parameters at step 1: the run would change nothing. This is a defect of the "
+                "model, the adapter or a library's kernel; try adapter=none, or model.attention=eager"
+            )
+        found = not_finite(norm, losses, step)
+        if found:
+            done = checkpoint.complete(self.session.run.checkpoints)
+            raise TrainingError(
+                f"{found}. Nothing was updated; the last good checkpoint is {done[-1] if done else 'none yet'}. "
+                "Try a smaller optim.lr, or precision=fp32"
+            )
 
     def _advance(self, step: Step, norm: float, lr: float, seconds: float) -> None:
         state = self.state
@@ -181,40 +199,36 @@ class Trainer:
         metrics: dict[str, Any] = dict(self.meter.flush())
         metrics |= {"lr": state.lr, "tokens": state.tokens, "trained_tokens": state.trained_tokens}
         metrics |= {"tokens_per_second": speed, "peak_memory_bytes": self.runtime.peak_memory_bytes()}
-        self._emit("train", state.step, metrics)
+        self.logbook.log("train", state.step, metrics)
         told = f"loss {metrics['loss']:.4f}" + (f"  {speed:,.0f} tok/s" if speed else "")
         self.session.console.logged(state.step, self.session.steps, told)
 
-    def _emit(self, split: str, step: int, metrics: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.log(step, split, metrics, time.monotonic() - self.started)
-
-    def _evaluate(self, step: int, final: bool = False, with_samples: bool = False) -> Evaluation:
-        found = self.session.evaluator(step, final=final, samples=with_samples)
-        if self.runtime.is_main and found.ids:
-            path = self.session.run.records(step)
-            write_records(path, found)
-            if step == 0:
-                write_json(path.with_suffix(".json"), {name: plain(value) for name, value in found.metrics.items()})
-            self._emit("eval", step, found.metrics)
-        if self.runtime.is_main and found.samples:
-            samples.write(self.session.run, self.start.samples if self.start else [], found.samples, step)
-        if step:
-            narrate.evaluation(self.session, found)
+    def _look(self, last: bool) -> Evaluation:
+        """Evaluate while training; the evaluation that ends the run, by steps or by patience, is a final one."""
+        found = self._evaluate(final=last, with_samples=last)
+        self._judge(found)
+        if self._is_over and not last:
+            found = self._evaluate(final=True, with_samples=True)
+        self.logbook.evaluation(found, self.start)
+        narrate.evaluation(self.session, found)
         return found
 
+    def _evaluate(self, final: bool = False, with_samples: bool = False) -> Evaluation:
+        return self.session.evaluator(self.state.step, final=final, samples=with_samples)
+
     def _judge(self, evaluation: Evaluation) -> None:
-        """Best so far, and how long since."""
+        """Best so far, and how long since; a score that is not finite is no best."""
         value, state = evaluation.value(OBJECTIVE), self.state
-        if state.best_value is None or value < state.best_value:
+        if math.isfinite(value) and (state.best_value is None or value < state.best_value):
             state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
         else:
             state.evaluations_since_best += 1
 
     def _save(self) -> None:
-        rng, run, state = self.runtime.gather([rng_state()]), self.session.run, self.state
+        run, state = self.session.run, self.state
+        rng, state.pooled = self.runtime.gather([rng_state()]), self.runtime.gather([self.meter.state()])
         if self.runtime.is_main:
-            state.pooled = self.meter.state()
+            self.logbook.flush()
             save = lambda path: save_model(self.session.networks, path, self.session.ends)  # noqa: E731
             checkpoint.save(run.checkpoints, state, self.session.optimizer, rng, save)
             checkpoint.rotate(run.checkpoints, self.cfg.train.keep_checkpoints, state.best_step)
@@ -238,9 +252,11 @@ class Trainer:
             stopped_early=state.step < session.steps,
         )
         if self.runtime.is_main:
-            save_model(session.networks, run.model, session.ends, session.networks.source_dtype)
+            with writing(run.model), whole_directory(run.model, run.path / ".model.tmp") as scratch:
+                save_model(session.networks, scratch, session.ends, session.networks.source_dtype)
             summary.compare(self.start, evaluation, self.cfg.eval, self.cfg.train.seed)
-            write_json(run.path / "summary.json", asdict(summary))
+            with writing(run.path):
+                write_json(run.path / "summary.json", asdict(summary))
             narrate.result(session, summary, self.start, evaluation)
         self.runtime.barrier()
         return summary

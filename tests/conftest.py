@@ -1,10 +1,11 @@
 """What tests share: one thread a process (pytest-xdist runs two), a cache of their own, and how to run a stage."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,46 @@ def run() -> Callable[..., Any]:
     from posttrain import run as posttrain_run
 
     def small(*overrides: str) -> Any:
-        defaults = ["train.steps=4", "train.log_every=1", "batch.size=8", "eval.generate=0", "eval.resamples=200"]
-        defaults += ["data.train=embedded:prompt_completion:200", "data.eval=embedded:prompt_completion:40:held_out"]
-        defaults += ["model.path=embedded", "precision=fp32", "data.max_length=64", "optim.lr=1e-4"]
-        given = {override.split("=")[0].lstrip("+") for override in overrides}
-        kept = [default for default in defaults if default.split("=")[0] not in given]
-        return posttrain_run([*kept, *overrides])
+        return posttrain_run(small_arguments(*overrides))
 
     return small
+
+
+SMALL = {
+    "train.steps": "4", "train.log_every": "1", "batch.size": "8", "eval.generate": "0", "eval.resamples": "200",
+    "data.train": "embedded:prompt_completion:200", "data.eval": "embedded:prompt_completion:40:held_out",
+    "model.path": "embedded", "precision": "fp32", "data.max_length": "64", "optim.lr": "1e-4",
+}  # fmt: skip
+"""The settings of `run`, for those who need them as arguments."""
+
+
+def small_arguments(*overrides: str) -> list[str]:
+    """A small run's arguments; an override `key=` takes the key out."""
+    values = SMALL | dict(override.split("=", 1) for override in overrides)
+    return [f"{key}={value}" for key, value in values.items() if value]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[subprocess.Popen[str]]:
+    """tests/process_server.py, started once a worker."""
+    command = [sys.executable, str(ROOT / "tests" / "process_server.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def posttrain_process(server: subprocess.Popen[str]) -> Callable[..., Any]:
+    """Run posttrain in a process of its own: (*overrides, **what befalls it) → {"status", "output", "seconds"}."""
+
+    def run_task(*overrides: str, verb: str = "train", **task: Any) -> Any:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        environment = {name: os.environ[name] for name in ("XDG_CACHE_HOME", "WANDB_MODE") if name in os.environ}
+        task |= {"arguments": [verb, *small_arguments(*overrides)], "folder": os.getcwd(), "environment": environment}
+        server.stdin.write(json.dumps(task) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    return run_task

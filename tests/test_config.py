@@ -195,7 +195,7 @@ VALUES = [
     ("data.eval_fraction=1", "data.eval_fraction must be >= 0 and < 1, got 1; try 0.05"),
     ("data.columns=prompt", "data.columns must be a mapping, such as {key: value}, got prompt; try {}"),
     ("stage.label_smoothing=1", "stage.label_smoothing must be >= 0 and < 1, got 1; try 0"),
-    ("stage.train_on=lst", "stage.train_on must be one of all, last, got lst; did you mean last?"),
+    ("stage.train_on=lst", "stage.train_on must be one of all, last or a list, such as [a, b], got lst; did you mean last?"),
     ("train=3", "train is a section, not a value (command line); set its keys, such as train.steps"),
 ]  # fmt: skip
 

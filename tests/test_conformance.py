@@ -46,9 +46,11 @@ def test_step_0_is_what_transformers_computes(run: Run, layout: str) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_step_0_of_a_real_model_is_what_transformers_computes(run: Run, layout: str, smollm2: str, shared: Path) -> None:
+def test_step_0_of_a_real_model_is_what_transformers_computes(
+    run: Run, layout: str, smollm2: str, shared: Path
+) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(smollm2), AutoModelForCausalLM.from_pretrained(smollm2)
-    rows = [json.loads(line) for line in (shared / "gsm8k_test.jsonl").read_text().splitlines()[:12]]
+    rows = [json.loads(line) for line in (shared / "gsm8k_test.jsonl").read_text().splitlines()[:8]]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = []
     for row in rows:
@@ -57,11 +59,19 @@ def test_step_0_of_a_real_model_is_what_transformers_computes(run: Run, layout: 
         whole = tokenizer.apply_chat_template(turns, return_dict=False)
         assert whole[: len(prompt)] == prompt
         examples.append((prompt, whole[len(prompt) :]))
-    summary = run(
-        layout, f"model.path={smollm2}", "data.train=rows.jsonl", "data.eval=rows.jsonl", "train.steps=1",
-        "data.columns.prompt=question", "data.columns.completion=answer", "data.max_length=512", "batch.size=1",
-    )  # fmt: skip
-    assert summary.start["nll"]["value"] == pytest.approx(plain_nll(model, examples), rel=1e-5)
+    from posttrain.config import resolve
+    from posttrain.tools.evaluate import evaluate
+
+    arguments = [
+        layout,
+        f"model.path={smollm2}",
+        "data.eval=rows.jsonl",
+        "data.columns.prompt=question",
+        "precision=fp32",
+    ]
+    arguments += ["data.columns.completion=answer", "data.max_length=512", "eval.generate=0", "eval.resamples=200"]
+    summary = evaluate(resolve(arguments, "eval"))
+    assert summary.metrics["nll"]["value"] == pytest.approx(plain_nll(model, examples), rel=1e-5)
 
 
 def trl_losses(model_path: str, rows: list[dict[str, Any]], lr: float, steps: int, max_length: int) -> list[float]:
@@ -103,7 +113,7 @@ def test_the_first_losses_are_those_of_trl(run: Run, layout: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_first_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
     rows = json.loads((shared / "alpaca_en_demo.json").read_text())
-    rows = sorted(rows, key=lambda row: len(row["output"]))[200:280]
+    rows = sorted(rows, key=lambda row: len(row["instruction"] + row["input"] + row["output"]))[:80]
     Path("rows.json").write_text(json.dumps(rows))
     turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     chats = [
@@ -115,6 +125,6 @@ def test_the_first_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: st
     ]
     theirs = trl_losses(smollm2, chats, lr=2e-5, steps=10, max_length=512)
     run(f"model.path={smollm2}", "data.train=rows.json", "data.eval_fraction=0", "data.shuffle=false", "schedule=constant",
-        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "data.eval=embedded:prompt_completion:1:held_out",
+        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "train.eval_every=10", "data.eval=embedded:prompt_completion:1:held_out",
         "run.dir=ours")  # fmt: skip
     assert train_losses("ours") == pytest.approx(theirs, rel=1e-3)

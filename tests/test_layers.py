@@ -10,11 +10,23 @@ import posttrain
 
 PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
-    {"stats", "errors", "places"},
+    {"stats", "errors", "places", "disk"},
     {"data", "models"},
     {"rollout", "verify", "optim"},
     {"stages"},
-    {"train", "evaluate", "session", "runtime", "checkpoint", "rundir", "report", "meter", "signals", "summary"},
+    {
+        "train",
+        "evaluate",
+        "session",
+        "runtime",
+        "checkpoint",
+        "resume",
+        "rundir",
+        "report",
+        "meter",
+        "signals",
+        "summary",
+    },
     {"config"},
     {"tools"},
     {"cli"},

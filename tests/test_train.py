@@ -1,6 +1,7 @@
 """The loop end to end on the embedded model: numbers do not depend on how the work is split, and a run can stop and go on."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from posttrain.errors import CheckpointError, TrainingError
 
 Run = Callable[..., Any]
 VARYING = {"tokens_per_second", "peak_memory_bytes"}
@@ -97,11 +96,17 @@ def test_two_ranks_give_what_one_does(run: Run) -> None:
         "-m",
         "posttrain",
     ]
-    done = subprocess.run(
-        [*launch, *arguments, "optim.lr=1e-4", "run.dir=two"], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 processes" in done.stdout
+    with Path("out.txt").open("w") as output:
+        command = [*launch, *arguments, "optim.lr=1e-4", "run.dir=two"]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(200)
+        finally:
+            if process.poll() is None:  # the ranks too, not the launcher alone
+                os.killpg(process.pid, signal.SIGKILL)
+    said = Path("out.txt").read_text()
+    assert status == 0, said
+    assert "2 processes" in said
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
     assert_same_weights("one", "two", 1e-4)
     two = json.loads(Path("two/summary.json").read_text())
@@ -113,8 +118,10 @@ def test_two_ranks_give_what_one_does(run: Run) -> None:
 
 
 def test_training_improves_and_the_interval_excludes_the_start(run: Run) -> None:
-    summary = run("train.steps=60", "batch.size=32", "optim.lr=3e-4", "train.log_every=10", "eval.generate=40",
-                  "data.train=embedded:prompt_completion:2000", "eval.verifier=exact", "eval.max_new_tokens=6")  # fmt: skip
+    summary = run(
+        "train.steps=200", "batch.size=64", "optim.lr=5e-4", "train.log_every=20", "data.train=embedded:prompt_completion:4000",
+        "data.eval=embedded:prompt_completion:300:held_out", "eval.generate=150", "eval.verifier=exact", "eval.max_new_tokens=6",
+    )  # fmt: skip
     for metric in ("nll", "accuracy"):
         assert summary.changes[metric]["better"] is True, metric
         assert summary.changes[metric]["low"] * summary.changes[metric]["high"] > 0
@@ -164,93 +171,6 @@ def test_the_saved_model_scores_what_the_summary_says(run: Run) -> None:
         count += len(targets)
     assert total / count == pytest.approx(summary.metrics["nll"]["value"], rel=1e-5)
     assert count == summary.metrics["nll"]["n"]
-
-
-class TestResume:
-    OPTIONS = ("train.steps=9", "train.eval_every=3", "train.save_every=2", "train.log_every=4")
-
-    def test_a_run_stopped_at_a_checkpoint_goes_on_bit_for_bit(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        run(*self.OPTIONS, "run.dir=whole")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_after(patch, 5)
-            run(*self.OPTIONS, "run.dir=broken")
-        summary = run(*self.OPTIONS, "run.dir=broken")
-        assert log("broken") == log("whole")
-        assert_same_weights("broken", "whole", 0.0)
-        assert summary.tokens == json.loads(Path("whole/summary.json").read_text())["tokens"]
-
-    @pytest.mark.parametrize("adapter", ["lora", "qlora"])
-    def test_adapters_too(self, run: Run, monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
-        options = (*self.OPTIONS, f"stage={adapter}", "adapter.dropout=0.1")
-        run(*options, "run.dir=whole")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            stop_after(patch, 5)
-            run(*options, "run.dir=broken")
-        run(*options, "run.dir=broken")
-        assert log("broken") == log("whole")
-        assert_same_weights("broken", "whole", 0.0)
-
-    def test_a_finished_run_says_so(self, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-        first = run("run.dir=r")
-        assert run("run.dir=r").metrics == first.metrics
-        assert "already finished (4 steps)" in capsys.readouterr().out
-
-    def test_another_config_is_refused_by_its_key(self, run: Run) -> None:
-        run("run.dir=r")
-        with pytest.raises(CheckpointError, match=r"optim.lr \(0.0001 there, 0.002 now\)"):
-            run("run.dir=r", "optim.lr=2e-3")
-        with pytest.raises(CheckpointError, match=r"train.resume=never"):
-            run("run.dir=r", "train.resume=never")
-
-    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    def test_a_signal_saves_and_says_its_status(self, number: int, status: int) -> None:
-        arguments = ["stage=sft", "train.steps=100000", "train.eval_every=100000", "run.dir=r"]
-        command = [sys.executable, "-m", "posttrain", *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            assert process.stdout is not None
-            next(line for line in process.stdout if line.startswith("step 20/"))
-            process.send_signal(number)
-            output = process.stdout.read()
-            assert process.wait(60) == status, output
-        (saved,) = Path("r/checkpoints").iterdir()
-        assert int(saved.name[5:]) >= 20
-        assert not Path("r/summary.json").exists()
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """As if the process died in the step after these: nothing is saved on the way out."""
-    from posttrain.train import Trainer
-
-    update = Trainer._update
-
-    def dying(self: Trainer, step: Any) -> None:
-        if self.state.step == steps:
-            raise KeyboardInterrupt
-        update(self, step)
-
-    monkeypatch.setattr(Trainer, "_update", dying)
-
-
-def test_patience_stops_a_run_that_gets_no_better(run: Run) -> None:
-    summary = run("train.steps=40", "train.eval_every=1", "train.patience=2", "optim.lr=0.3", "run.dir=r")
-    assert summary.stopped_early
-    assert summary.steps < 10
-    assert summary.metrics
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.stages.sft import SFT
-
-    score = SFT.token_weights
-
-    def poisoned(self: SFT, batch: Any) -> torch.Tensor:
-        weights = score(self, batch)
-        weights[0] = float("inf")
-        return weights
-
-    monkeypatch.setattr(SFT, "token_weights", poisoned)
-    with pytest.raises(TrainingError, match=r"not finite .* at step 1; this rank's examples: [0-9a-f]{16}"):
-        run("run.dir=r")
 
 
 def test_mixed_sources_have_their_share(run: Run) -> None:

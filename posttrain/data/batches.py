@@ -188,7 +188,13 @@ def collate(groups: Sequence[TokenGroup], rows: Rows, layout: str, extra_padding
     shape = (len(sequences), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments = np.full(shape, -1, np.int64)
-    predict, targets, response, owner, trained, sizes, chars = [], [], [], [], [], [], []
+    predict: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    response: list[np.ndarray] = []
+    owner: list[int] = []
+    trained: list[int] = []
+    sizes: list[int] = []
+    chars: list[int] = []
     for r, row in enumerate(sequences):
         at = 0
         for g, k in row:

@@ -55,7 +55,7 @@ class Order:
         size = len(self.sources)
         if self.mix:
             members = [np.flatnonzero(self.sources == i) for i in range(len(self.mix))]
-            drawn = mix_indices([len(m) for m in members], self.mix, self.seed, epoch)
+            drawn = mix_indices([len(m) for m in members], self.mix, self.seed, epoch, self.shuffle)
             positions = np.concatenate(members)[drawn]
         else:
             positions = np.arange(size)

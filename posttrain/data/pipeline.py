@@ -6,10 +6,6 @@ same examples.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.data import embedded
+from posttrain.data import cache, embedded
 from posttrain.data.columns import Survey
 from posttrain.data.formats import Detected, Report, describe, detect_format, to_groups
 from posttrain.data.sources import expand_sources, fingerprint, is_text_stream, read_rows
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
     from posttrain.config import DataConfig
     from posttrain.stages.base import Stage
 
-VERSION = 1
+VERSION = 3
 """Raise when the same text would become other tokens: cached files of other versions are not found."""
 
 
@@ -50,37 +46,47 @@ class Prepared:
 
 @dataclass
 class Source:
-    """One file, hub id or embedded kind, and how it is read."""
+    """One file, hub id or embedded kind, and how it is read. counts: what became of its Groups."""
 
     name: str
     number: int
     side: str
     detected: Detected | None = None
     report: Report = field(default_factory=Report)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepared:
-    """Tokenise data.train and data.eval, or find what an earlier run tokenised from the same content."""
-    sources = [Source(s, i, "train") for i, s in enumerate(list_sources(data.train))]
-    sources += [Source(s, len(sources) + i, "eval") for i, s in enumerate(list_sources(data.eval) if data.eval else [])]
-    encoding = encoding_of(data, tokenizer, stage, sources)
+    """Tokenise data.train and data.eval, or find what an earlier run tokenised from the same content.
+
+    Without data.train (posttrain eval) there is evaluation data only.
+    """
+    named = [(name, "train") for name in list_sources(data.train)] + [
+        (name, "eval") for name in list_sources(data.eval)
+    ]
+    sources = [Source(name, number, side) for number, (name, side) in enumerate(named)]
+    encoding = encoding_of(data, tokenizer, stage)
     key = cache_key(data, encoding, tokenizer, stage, sources, seed)
-    directory = cache_root(data) / key
-    reused = (directory / "counts.json").is_file()
+    directory = cache.cache_root(data.cache) / key
+    reused = cache.is_built(directory)
     if not reused:
-        _build(directory, data, encoding, tokenizer, stage, sources, seed)
-    facts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+        for source in sources:
+            source.detected = _detect(source, data, stage)
+        cache.build(directory, lambda scratch: _tokenize(scratch, data, encoding, tokenizer, stage, sources, seed))
+    facts = cache.read_facts(directory)
     train, held_out = (TokenDataset(read(directory / f"{side}.arrow")) for side in ("train", "eval"))
     return Prepared(train, held_out, facts["lines"], facts["counts"], key, directory, reused)
 
 
 def list_sources(value: Any) -> list[str]:
-    """data.train as a list of sources; `embedded:KIND[:COUNT][:held_out]` names the package's own data."""
+    """data.train or data.eval as a list of sources; `embedded:KIND[:COUNT][:held_out]` names the package's own data."""
+    if value is None:
+        return []
     entries = [value] if isinstance(value, str) else list(value)
     return [s for entry in entries for s in ([entry] if _is_embedded(entry) else expand_sources(entry))]
 
 
-def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage, sources: list[Source]) -> Encoding:
+def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage) -> Encoding:
     """How this run's text becomes tokens, with everything that was left to `auto` decided."""
     template = data.template
     if template == "auto":
@@ -92,13 +98,6 @@ def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage, sources: list[So
         )
     train_on = getattr(stage, "train_on", "all")
     return Encoding(template, data.max_length, policy, train_on, stage.splits_long_documents)
-
-
-def cache_root(data: DataConfig) -> Path:
-    """data.cache, else the user's cache folder."""
-    if data.cache:
-        return Path(data.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "posttrain" / "tokens"
 
 
 def cache_key(
@@ -113,42 +112,10 @@ def cache_key(
         "sources": [(s.side, s.name if _is_embedded(s.name) else fingerprint(s.name)) for s in sources],
         "options": options,
         "encoding": asdict(encoding),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": cache.tokenizer_fingerprint(tokenizer),
         "stage": (type(stage).__name__, seed),
     }
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Changes with the vocabulary, the merges, the special tokens or the template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    core = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    specials = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    return hashlib.blake2b(f"{core}{specials}{tokenizer.chat_template}".encode(), digest_size=12).hexdigest()
-
-
-def _build(
-    directory: Path,
-    data: DataConfig,
-    encoding: Encoding,
-    tokenizer: Any,
-    stage: Stage,
-    sources: list[Source],
-    seed: int,
-) -> None:
-    """Write the directory under another name and rename it: it is complete or absent."""
-    for source in sources:
-        source.detected = _detect(source, data, stage)
-    scratch = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        facts = _tokenize(scratch, data, encoding, tokenizer, stage, sources, seed)
-        (scratch / "counts.json").write_text(json.dumps(facts, ensure_ascii=False, indent=1), encoding="utf-8")
-        if not directory.exists():
-            scratch.rename(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return cache.digest(parts)
 
 
 def _detect(source: Source, data: DataConfig, stage: Stage) -> Detected | None:
@@ -176,28 +143,42 @@ def _tokenize(
     fraction = 0.0 if any(source.side == "eval" for source in sources) else data.eval_fraction
     train = Writer(scratch / "train.arrow", data.train_limit)
     held_out = Writer(scratch / "eval.arrow", data.eval_limit)
+    shares = _shares(sources, {"train": data.train_limit, "eval": data.eval_limit})
     for source in sources:
+        before, room = _numbers(worker.counts), {"train": train, "eval": held_out}[source.side]
+        room.limit = shares[source.number]
         for batch in _batches(_token_groups(source, data, worker, stage, notes)):
             is_eval = split([group.cluster for group in batch], fraction, seed)
-            sides = zip(batch, is_eval, strict=True)
             if source.side == "eval":
                 held_out.write(batch)
             else:
-                sides = list(sides)
+                sides = list(zip(batch, is_eval, strict=True))
                 train.write([group for group, held in sides if not held])
                 held_out.write([group for group, held in sides if held])
-            if (held_out if source.side == "eval" else train).full and (held_out.full or not fraction):
+            if room.full and (held_out.full or not fraction):
                 break
+        source.counts = _numbers(worker.counts) - before
     for writer in (train, held_out):
         writer.close()
-    if not train.count:
-        raise DataError(_nothing_left(worker.counts, encoding))
-    _stop_if_lost(worker.counts, sources, data, encoding)
+    for side, count in (("train", train.count), ("eval", held_out.count)):
+        named = [source for source in sources if source.side == side]
+        if named and not count:
+            raise DataError(_nothing_left(f"data.{side}", named, encoding))
+        _stop_if_lost(f"data.{side}", named, worker.counts, data, encoding)
     lines = [f"{s.name}: {describe(s.detected)}" if s.detected else f"{s.name}: one stream of text" for s in sources]
     lines += [line for s in sources for line in s.report.lines()]
     lines += [f"{count:,} {what}" for what, count in notes.items()]
     lines += worker.counts.lines(encoding)
     return {"counts": {**asdict(worker.counts), "train": train.count, "eval": held_out.count}, "lines": lines}
+
+
+def _shares(sources: list[Source], limits: dict[str, int | None]) -> list[int | None]:
+    """For each source, how many examples its side may hold once it is read: limits are shared equally among sources."""
+    shares: list[int | None] = []
+    for source in sources:
+        limit, same = limits[source.side], [other.number for other in sources if other.side == source.side]
+        shares.append(None if limit is None else limit * (same.index(source.number) + 1) // len(same))
+    return shares
 
 
 def _token_groups(
@@ -232,24 +213,39 @@ def _is_embedded(source: str) -> bool:
     return str(source).startswith("embedded:")
 
 
-def _nothing_left(counts: Counts, encoding: Encoding) -> str:
-    if counts.too_long:
+def _numbers(counts: Counts) -> Counter[str]:
+    """Its numbers, with `lost` among them, so that two can be subtracted."""
+    return Counter({k: v for k, v in asdict(counts).items() if isinstance(v, int)} | {"lost": counts.lost})
+
+
+def _nothing_left(key: str, sources: list[Source], encoding: Encoding) -> str:
+    """A side that the user named must have examples; why it has none. key: data.train or data.eval."""
+    counts = sum((source.counts for source in sources), Counter[str]())
+    if counts["too_long"]:
+        every = "all" if counts["too_long"] == counts["groups"] else f"{counts['too_long']:,} of {counts['groups']:,}"
         return (
-            f"all examples are longer than data.max_length={encoding.max_length} tokens ({counts.too_long:,} of them); "
+            f"{key}: {every} examples are longer than data.max_length={encoding.max_length} tokens, and none is left; "
             "raise it, or set data.on_too_long=truncate"
         )
-    if counts.nothing_trained:
-        return f"no example has a token to train on ({counts.nothing_trained:,} were read); look at them with posttrain inspect"
-    return "no example is left to train on after holding out data.eval_fraction; give more rows, or a smaller fraction"
+    if counts["nothing_trained"]:
+        return (
+            f"{key}: no example has a token to train on ({counts['nothing_trained']:,} were read); "
+            "look at them with posttrain inspect"
+        )
+    if counts["kept"] or counts["groups"]:
+        return f"{key}: no example is left after holding out data.eval_fraction; give more rows, or a smaller fraction"
+    return f"{key}: no example is left of what was read"
 
 
-def _stop_if_lost(counts: Counts, sources: list[Source], data: DataConfig, encoding: Encoding) -> None:
-    """Losing a few examples is told; losing many stops the run."""
+def _stop_if_lost(key: str, sources: list[Source], counts: Counts, data: DataConfig, encoding: Encoding) -> None:
+    """Losing a few examples is told; losing many of data.train or of data.eval stops the run."""
     skipped = sum(source.report.skipped for source in sources)
-    lost, total = counts.lost + skipped, counts.groups + skipped
+    lost = sum(source.counts["lost"] for source in sources) + skipped
+    total = sum(source.counts["groups"] for source in sources) + skipped
     if total and lost / total > data.max_lost_fraction:
         told = "; ".join([*counts.lines(encoding), *([f"{skipped:,} bad rows skipped"] if skipped else [])])
         raise DataError(
-            f"{lost:,} of {total:,} examples ({lost / total:.0%}) would not be trained on, more than "
-            f"data.max_lost_fraction={data.max_lost_fraction:g} allows: {told}"
+            f"{key}: {lost:,} of {total:,} examples ({lost / total:.0%}) would not be used, more than "
+            f"data.max_lost_fraction={data.max_lost_fraction:g} allows: {told}. Raise data.max_length, set "
+            "data.on_too_long=truncate, or allow more"
         )

@@ -23,13 +23,16 @@ NOT_DECODERS = {
     "bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "bert-generation", "big_bird", "data2vec-text",
     "ernie", "megatron-bert", "rembert", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta-xl", "xmod",
     "prophetnet", "bart", "mbart", "marian", "pegasus", "blenderbot", "plbart", "trocr", "whisper", "mvp",
-    "bigbird_pegasus", "blenderbot-small", "xlnet", "reformer", "cpmant", "git",
+    "bigbird_pegasus", "blenderbot-small", "xlnet", "reformer", "cpmant", "git", "blt",
+    "musicgen", "musicgen_melody", "gemma4_assistant", "gemma4_unified_assistant",
 }  # fmt: skip
-"""Model types the library lists as causal but that are encoders, halves of encoder-decoders, or prefix-masked."""
+"""Model types the library lists as causal but that are encoders, halves of encoder-decoders, prefix-masked, or read
+more than tokens (byte patches, codebooks, another model's states)."""
 
 
-def resolve_path(path: str) -> str:
+def resolve_path(path: str | None) -> str:
     """A directory as it is, `embedded` as the package's own, anything else as a hub id (checked for its form)."""
+    assert path is not None, "config/check.py names a model wherever none is given"
     if path == "embedded":
         return str(embedded.DIRECTORY)
     if Path(path).expanduser().exists():
@@ -55,9 +58,10 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     if model.rope_scaling:
         _scale_rope(config, model.rope_scaling)
     if model.dropout != "keep":
-        for name, value in vars(config).items():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-                setattr(config, name, 0.0)
+        for part in (config, config.get_text_config(decoder=True)):
+            for name, value in vars(part).items():
+                if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                    setattr(part, name, 0.0)
     return config
 
 
@@ -82,9 +86,11 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 def load_model(
     model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, seed: int, quantization: Any = None
-) -> PreTrainedModel:
+) -> Any:
     """Weights in `dtype` on the CPU (or quantised), or random ones from the config for model.init=config."""
-    attention = {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
+    attention: dict[str, Any] = (
+        {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
+    )
     if model.init == "config":
         torch.manual_seed(seed)
         remote = {"trust_remote_code": model.trust_remote_code}
@@ -97,16 +103,17 @@ def load_model(
 
 
 def _load_weights(
-    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, attention: dict[str, str], quantization: Any
-) -> PreTrainedModel:
+    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, attention: dict[str, Any], quantization: Any
+) -> Any:
     path = resolve_path(model.path)
     extra = {"quantization_config": quantization} if quantization else {}
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, **attention, **extra, **_source(model)
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(_cannot_read(model, "weights", error)) from error
+    network, info = loaded
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise ModelError(
@@ -116,7 +123,16 @@ def _load_weights(
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
     if mismatched:
         raise ModelError(f"the weights of {model.path} do not fit model.config: {', '.join(mismatched[:3])}")
+    if model.gguf_file:
+        _forget_quantization(network)
     return network
+
+
+def _forget_quantization(network: Any) -> None:
+    """GGUF weights are dequantised as they load; the library still calls the model quantised, and would not save it."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(network).pop(name, None)
+    vars(network.config).pop("quantization_config", None)
 
 
 def _source(model: ModelConfig) -> dict[str, Any]:
@@ -171,15 +187,18 @@ def _scale_rope(config: PreTrainedConfig, scaling: dict[str, Any]) -> None:
         raise ModelError(
             f"model.rope_scaling: the {config.model_type} architecture has no single rotary embedding to scale"
         )
+    if kind != "longrope" and not isinstance(scaling.get("factor"), int | float):
+        raise ModelError(f"model.rope_scaling.type={kind} needs model.rope_scaling.factor, a number such as 4")
     if kind == "ntk":
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = int(size * current.get("partial_rotary_factor", 1.0))  # d is what rotates
         theta = float(current["rope_theta"]) * float(scaling["factor"]) ** (size / (size - 2))
         config.rope_parameters = {**current, "rope_theta": theta}
     else:
         if kind in ("yarn", "llama3", "longrope", "dynamic"):
             scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
         config.rope_parameters = {**current, **scaling, "rope_type": kind}
-    if "factor" in scaling:
+    if "factor" in scaling and kind != "dynamic":  # dynamic scales from the length the config names, whatever is longer
         config.max_position_embeddings = int(config.max_position_embeddings * float(scaling["factor"]))
 
 

@@ -117,7 +117,7 @@ def token_statistics(
         lse = z.logsumexp(-1)
         top, index = z.max(-1)
         chosen = z.gather(-1, targets[part, None]).squeeze(-1)
-        row = (chosen - lse, index == targets[part], (top - lse).exp())
+        row: tuple[Tensor, ...] = (chosen - lse, index == targets[part], (top - lse).exp())
         if entropy:
             row += (lse - (z.sub(lse[:, None]).exp_().mul_(z)).sum(-1),)
         columns.append(row)
@@ -132,8 +132,9 @@ def is_plain_linear(head: nn.Module) -> bool:
 
 def head_size(head: nn.Module) -> int:
     """V, the number of logits."""
-    size = getattr(head, "out_features", None)
-    return int(size if size is not None else head.weight.shape[0])
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return int(getattr(head, "out_features", weight.shape[0]))
 
 
 def _logits(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
@@ -156,7 +157,7 @@ class _WeightedNLL(torch.autograd.Function):
     """The objective with both gradients formed in forward; see weighted_nll."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -176,7 +177,8 @@ class _WeightedNLL(torch.autograd.Function):
             for part in chunks(len(targets), len(weight)):
                 h = hidden[part].to(dtype)
                 z = transform(F.linear(h, w, b).float())
-                logprob, loss, grad = _chunk(z, targets[part], weights[part], smoothing, any(ctx.needs_input_grad))
+                with_grad, capped = any(ctx.needs_input_grad), transform.softcap is not None
+                logprob, loss, grad = _chunk(z, targets[part], weights[part], smoothing, with_grad, keep_logits=capped)
                 logprobs[part] = logprob
                 objective += loss
                 if grad is not None:
@@ -186,7 +188,7 @@ class _WeightedNLL(torch.autograd.Function):
         return objective, logprobs
 
     @staticmethod
-    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = (None if t is None else t.mul_(grad_objective.to(t.dtype)) for t in ctx.saved_tensors)
         return hidden, weight, bias, None, None, None, None
 
@@ -216,22 +218,25 @@ class _Grads:
 
 
 def _chunk(
-    z: Tensor, targets: Tensor, weights: Tensor, smoothing: float, with_grad: bool
+    z: Tensor, targets: Tensor, weights: Tensor, smoothing: float, with_grad: bool, keep_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs [n], loss (scalar) and ∂loss/∂z [n, V] of one chunk of logits z [n, V].
 
-    ∂loss/∂z_v = w·[π_v - (1-ε)·1(v = target) - ε/V].
+    ∂loss/∂z_v = w·[π_v - (1-ε)·1(v = target) - ε/V]. Works in z's own memory unless `keep_logits`: on a processor the
+    passes over [n, V] are what this costs.
     """
-    lse = z.logsumexp(-1, keepdim=True)
-    logprob = (z.gather(-1, targets[:, None]) - lse).squeeze(-1)
-    per_token = (1 - smoothing) * logprob
-    if smoothing:
-        per_token = per_token + smoothing * (z.mean(-1) - lse.squeeze(-1))
+    chosen, top = z.gather(-1, targets[:, None]), z.amax(-1, keepdim=True)
+    mean = z.mean(-1, keepdim=True) if smoothing else None
+    exp = torch.sub(z, top).exp_() if keep_logits else z.sub_(top).exp_()
+    total = exp.sum(-1, keepdim=True)
+    lse = top + total.log()
+    logprob = (chosen - lse).squeeze(-1)
+    per_token = logprob if mean is None else (1 - smoothing) * logprob + smoothing * (mean - lse).squeeze(-1)
     loss = -(weights * per_token).sum()
     if not with_grad:
         return logprob, loss, None
-    grad = torch.sub(z, lse).exp_()
+    scale = weights[:, None]
+    grad = exp.mul_(scale / total)
     if smoothing:
-        grad.sub_(smoothing / z.shape[-1])
-    grad.scatter_add_(-1, targets[:, None], grad.new_full((len(targets), 1), smoothing - 1))
-    return logprob, loss, grad.mul_(weights[:, None])
+        grad.sub_(scale * (smoothing / z.shape[-1]))
+    return logprob, loss, grad.scatter_add_(-1, targets[:, None], (smoothing - 1) * scale)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.load import load_config, load_model
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, decoder
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, ModelConfig
@@ -49,8 +50,25 @@ def build_policy(
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
     network: Any = load_model(model, config, dtype, seed, quantization(adapter, compute_dtype))
     described = "none"
+    _freeze_towers(network)
     if checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ModelError(
+                f"the {config.model_type} architecture cannot recompute activations; set train.gradient_checkpointing=false"
+            ) from error
     if frozen:
         network, described = add_adapter(network, adapter, seed)
     return Policy(network), described
+
+
+def _freeze_towers(network: Any) -> None:
+    """A model that also reads images or sound: text never reaches those parts, so they neither train nor decay."""
+    reached = {*decoder(network).parameters(), *network.get_input_embeddings().parameters()}
+    head = network.get_output_embeddings()
+    reached |= set(head.parameters()) if head is not None else set()
+    for parameter in network.parameters():
+        if parameter not in reached:
+            parameter.requires_grad_(False)

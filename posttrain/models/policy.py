@@ -7,6 +7,7 @@ backbone and the output layer apart would escape their gradient synchronisation 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
 from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_logprobs, token_statistics, weighted_nll
-from posttrain.models.router import Router
+from posttrain.models.router import Router, Routers
 
 
 @dataclass
@@ -41,10 +42,10 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         network = self.network
-        self.transform = logit_transform(network.config)
-        accepted = inspect.signature(self.backbone.forward).parameters
-        self.accepts_positions = "position_ids" in accepted
-        self.is_mixture = hasattr(network.config, "router_aux_loss_coef") or "output_router_logits" in accepted
+        self.transform = logit_transform(text_config(network))
+        self.accepts_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self.routers = Routers(self.backbone)
+        self.is_mixture = bool(self.routers)
 
     @property
     def network(self) -> PreTrainedModel:
@@ -54,13 +55,14 @@ class Policy(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """Everything before the output layer."""
-        network = self.network
-        backbone = getattr(network, network.base_model_prefix, None)
-        if backbone is None or backbone is network:
+        network: Any = self.network
+        below: Any = getattr(network, network.base_model_prefix, None)
+        below = decoder(network) if below is None else below
+        if below is network:
             raise ModelError(
                 f"the {network.config.model_type} architecture has no separate decoder below its output layer"
             )
-        return backbone
+        return below
 
     @property
     def head(self) -> nn.Module:
@@ -80,8 +82,9 @@ class Policy(nn.Module):
         router: bool = False,
     ) -> Scores:
         """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once."""
-        output = self._hidden(batch, router and self.is_mixture)
-        hidden = output.last_hidden_state.flatten(0, 1)[batch.predict]  # [N, H]
+        watched: Any = self.routers.watch() if router else nullcontext([])
+        with watched as seen:
+            hidden = self.hidden(batch).flatten(0, 1)[batch.predict]  # [N, H]
         if weights is not None:
             if not batch.weight:
                 weights = torch.zeros_like(weights)
@@ -92,27 +95,46 @@ class Policy(nn.Module):
             scores = Scores(found.logprob, statistics=found)
         else:
             scores = Scores(token_logprobs(hidden, self.head, batch.targets, self.transform))
-        if router and self.is_mixture and output.get("router_logits"):
-            scores.router = Router.of(output.router_logits, batch, self.network.config)
+        if seen:
+            scores.router = self.routers.balance(seen, batch, text_config(self.network))
         return scores
 
-    def _hidden(self, batch: Batch, router: bool) -> Any:
-        """The backbone's output. No attention mask: rows are causal and padded on the right, and restarted positions make
-        packed rows block-diagonal in the library's own mask (only without a cache and without a mask)."""
+    def hidden(self, batch: Batch) -> Tensor:
+        """The backbone's last states, [R, L, H]. No attention mask: rows are causal and padded on the right, and restarted
+        positions make packed rows block-diagonal in the library's own mask (only without a cache and without a mask)."""
         arguments: dict[str, Any] = {"use_cache": False}
         if self.accepts_positions:
             arguments["position_ids"] = batch.position_ids
         elif batch.layout != "padded":
             raise ModelError(f"{self.network.config.model_type} takes no positions; use batch.layout=padded")
-        if router:
-            arguments["output_router_logits"] = True
-        return self.backbone(input_ids=batch.input_ids, return_dict=True, **arguments)
+        output = self.backbone(input_ids=batch.input_ids, return_dict=True, **arguments)
+        return output.last_hidden_state
+
+
+def decoder(network: Any) -> nn.Module:
+    """The text decoder: below the output layer, and beside the towers of a model that also reads images or sound."""
+    found = network.get_decoder()
+    if found is network and isinstance(getattr(network, "model", None), nn.Module):
+        return network.model  # llama4 names it otherwise than its prefix says
+    return found
+
+
+def text_config(network: PreTrainedModel) -> Any:
+    """The decoder's own config, where the model also reads images or sound."""
+    return network.config.get_text_config(decoder=True)
 
 
 def logit_transform(config: Any) -> LogitTransform:
     """What this family does to its logits; what it might do besides is found by the start-up check (probe.py)."""
-    scale = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
-    if getattr(config, "logits_scaling", None):
-        divides = config.model_type != "hyperclovax"
-        scale = 1.0 / config.logits_scaling if divides else config.logits_scaling
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+    scale = _number(config, "logit_scale", "lm_head_multiplier") or 1.0
+    divisor = _number(config, "logits_scaling", "logits_mup_width_multiplier")
+    if divisor:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    cap = _number(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return LogitTransform(scale, cap)
+
+
+def _number(config: Any, *names: str) -> float | None:
+    """The first of these that the config sets to a number."""
+    found = [getattr(config, name, None) for name in names]
+    return next((float(value) for value in found if isinstance(value, int | float)), None)

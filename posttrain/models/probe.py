@@ -1,69 +1,145 @@
-"""Checks that the run's own forward is the model's: on two real examples, before the first step.
+"""Checks that the run's own forward is the model's: on two or three real examples, before the first step.
 
 The library's masks differ by family and version, and families differ in what they do to their logits; so what a run relies
-on is compared, not trusted: our log-probs against the model's own logits, and the packed row against its examples alone.
+on is compared, not trusted: our log-probs against the model's own logits, an example in a padded batch against the example
+alone, and the packed row against its examples alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.data.batches import Batch, collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, text_config
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 0.1
-"""Nats. The probe runs without autocast; weights held in 16 or 4 bits round more."""
+"""Nats. The probe runs without autocast: the largest difference of any token; where weights are held in 16 or 4 bits, a
+single token's rounding can reach half a nat, and the mean over tokens is held to the second."""
+
+LEAK_TOLERANCE = 1e-5
+HALF_LEAK_TOLERANCE = 1e-2
+"""Relative change of an example's hidden states when its neighbours' tokens change: all but zero, whatever the weights. Fresh
+weights mix little between positions, so that log-probs alone would pass what training makes a leak of."""
+
+NO_TRAINING = "posttrain cannot train this architecture"
 
 
 @torch.no_grad()
 def check_forward(policy: Policy, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
-    """Largest differences in nats found; ModelError above the tolerance. groups: two or more real examples."""
+    """Differences in nats found; ModelError above the tolerance. groups: two or more real examples."""
     policy.eval()
-    padded = collate(groups, [[i] for i in range(len(groups))], "padded").to(device)
-    ours = policy(padded, statistics=True).logprobs
-    short = collate(groups[:2], [[0], [1]], "padded").to(device)
-    own = _own_logprobs(policy, short)
-    found = {"output_layer": float((policy(short, statistics=True).logprobs - own).abs().max())}
-    tolerance = TOLERANCE if next(policy.backbone.parameters()).dtype == torch.float32 else HALF_TOLERANCE
+    matmul, tf32 = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = False  # the comparison is of the arithmetic, not of its rounding
+    try:
+        return _check(policy, groups, layout, device)
+    finally:
+        matmul.allow_tf32 = tf32
+
+
+def _check(policy: Policy, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
     kind = policy.network.config.model_type
+    exact = next(policy.backbone.parameters()).dtype == torch.float32
+    tolerance, leak_tolerance = (TOLERANCE, LEAK_TOLERANCE) if exact else (HALF_TOLERANCE, HALF_LEAK_TOLERANCE)
+    alone = _alone(policy, groups, device)
+    padded = _batch(groups, "padded", device)
+    found = {"output_layer": _output_layer(policy, groups[:2], device, exact)}
     if not found["output_layer"] <= tolerance:
         raise ModelError(
             f"{kind}: log-probs from the chunked output layer differ from the model's own logits by "
             f"{found['output_layer']:.2g} nats; this architecture does something to its logits that posttrain does not know"
         )
+    found["padded"] = _difference(policy(padded, statistics=True).logprobs, alone, exact)
+    looks = _leak(policy, padded, padded.segments < 0) if bool((padded.segments < 0).any()) else 0.0
+    if not found["padded"] <= tolerance or not looks <= leak_tolerance:
+        raise ModelError(
+            f"{kind}: an example's log-probs depend on the padding and the examples beside it (by {found['padded']:.2g} "
+            f"nats, its hidden states by {looks:.2g} of their size); {NO_TRAINING}"
+        )
     if layout == "packed":
-        found["packed"] = _packed_difference(policy, groups, ours, device, kind)
-        if not found["packed"] <= tolerance:
+        found["packed"], leak = _packed(policy, groups, alone, device, exact)
+        if not found["packed"] <= tolerance or not leak <= leak_tolerance:
             raise ModelError(
                 f"batch.layout=packed: {kind} lets packed examples see each other (log-probs differ by "
-                f"{found['packed']:.2g} nats); use batch.layout=padded"
+                f"{found['packed']:.2g} nats, hidden states by {leak:.2g} of their size); use batch.layout=padded"
             )
     return found
 
 
-def _own_logprobs(policy: Policy, batch: Batch) -> torch.Tensor:
-    """From the model's own (R, L, V) logits; for a handful of short rows only."""
+def _batch(groups: list[TokenGroup], layout: str, device: torch.device) -> Batch:
+    whole = list(range(len(groups)))
+    return collate(groups, [whole] if layout == "packed" else [[i] for i in whole], layout).to(device)
+
+
+def _alone(policy: Policy, groups: list[TokenGroup], device: torch.device) -> Tensor:
+    """Log-probs with nothing beside an example: no padding, no other row. [N]"""
+    ones = [collate([group], [[0]], "padded") for group in groups]
+    return torch.cat([policy(one.to(device), statistics=True).logprobs for one in ones])
+
+
+def _output_layer(policy: Policy, groups: list[TokenGroup], device: torch.device, exact: bool) -> float:
+    """Against the model's own (R, L, V) logits; for a handful of short rows only."""
+    batch = _batch(groups, "padded", device)
     logits = policy.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.predict].float()
-    return logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
+    own = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
+    return _difference(policy(batch, statistics=True).logprobs, own, exact)
 
 
-def _packed_difference(
-    policy: Policy, groups: list[TokenGroup], alone: torch.Tensor, device: torch.device, kind: str
-) -> float:
-    packed = collate(groups, [list(range(len(groups)))], "packed").to(device)
+def _packed(
+    policy: Policy, groups: list[TokenGroup], alone: Tensor, device: torch.device, exact: bool
+) -> tuple[float, float]:
+    packed = _batch(groups, "packed", device)
     try:
         together = policy(packed, statistics=True).logprobs
+    except ModelError as error:
+        raise ModelError(f"batch.layout=packed: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
+        kind = policy.network.config.model_type
         raise ModelError(f"batch.layout=packed does not work with {kind}: {error}; use batch.layout=padded") from error
-    return float((together - alone).abs().max())
+    return _difference(together, alone, exact), _leak(policy, packed, packed.segments == 0)
 
 
-def probe_examples(groups: list[TokenGroup], max_tokens: int = 4096) -> list[TokenGroup]:
-    """The two shortest of these and, where there is room, the longest: it reaches past a sliding window if any does."""
-    ordered = sorted(groups, key=lambda g: max(g.lengths))
-    chosen = ordered[:2] if len(ordered) > 1 else [ordered[0], ordered[0]]
-    longest = ordered[-1]
-    return [*chosen, longest] if max(longest.lengths) <= max_tokens else chosen
+def _leak(policy: Policy, batch: Batch, changed: Tensor) -> float:
+    """How far other tokens in the `changed` positions [R, L] move the hidden states of the rest, relative to their size."""
+    network: Any = policy.network
+    rows = network.get_input_embeddings().weight.shape[0]
+    other = replace(batch, input_ids=torch.where(changed, (batch.input_ids + 1) % rows, batch.input_ids))
+    rest = (batch.segments >= 0) & ~changed
+    before, after = (policy.hidden(b)[rest].float() for b in (batch, other))
+    return float((after - before).norm() / before.norm())
+
+
+def _difference(a: Tensor, b: Tensor, exact: bool) -> float:
+    gaps = (a - b).abs()
+    return float(gaps.max() if exact else gaps.mean())
+
+
+def sliding_window(network: Any) -> int | None:
+    """The shortest span of positions that some layer attends to, where the config limits it."""
+    config = text_config(network)
+    names = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size")
+    found = [getattr(config, name, None) for name in names]
+    if getattr(config, "use_sliding_window", True) is False:
+        found[0] = None
+    return min((int(span) for span in found if isinstance(span, int) and span > 0), default=None)
+
+
+def probe_positions(
+    longest: Sequence[int] | np.ndarray, window: int | None = None, max_tokens: int = 4096
+) -> list[int]:
+    """Which examples to probe with, by their lengths: the two shortest, and the shortest that reaches past the sliding
+    window; where there is no window, or none does, the longest within max_tokens."""
+    lengths = np.asarray(longest)
+    order = np.argsort(lengths, kind="stable")
+    chosen = [int(order[0]), int(order[min(1, len(order) - 1)])]
+    past = [int(i) for i in order if window is not None and lengths[i] > window]
+    within = [int(i) for i in order if lengths[i] <= max_tokens]
+    return [*chosen, *(past[:1] or within[-1:])]

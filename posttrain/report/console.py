@@ -45,11 +45,9 @@ class Console:
             table.add_row(f"  {name}", escape(value))
         self.rich.print(table)
 
-    def example(self, group: TokenGroup, tokenizer: Any) -> None:
+    def example(self, group: TokenGroup, tokenizer: Any, title: str = "one example as the model sees it") -> None:
         """One example as the model sees it; trained tokens in colour, or between ⟦ ⟧ where there is none."""
-        self.title(
-            "one example as the model sees it (trained tokens " + ("coloured)" if self.terminal else "between ⟦ ⟧)")
-        )
+        self.title(f"{title} (trained tokens {'coloured' if self.terminal else 'between ⟦ ⟧'})")
         self.rich.print(decoded(group, tokenizer, self.terminal), soft_wrap=True)
 
     def start_progress(self, total: int, done: int) -> None:

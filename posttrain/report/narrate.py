@@ -44,7 +44,7 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     epochs = f" ({session.steps * cfg.batch.size / len(loader.data):.2g} epochs)" if cfg.batch.size else ""
     where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
     dtype = str(module.network.dtype).removeprefix("torch.")
-    rows = [
+    return [
         ("model", f"{cfg.model.path}: {module.network.config.model_type}, {total:,} parameters in {dtype}"),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {session.networks.adapter}"),
         ("data", f"{len(prepared.train):,} training, {len(prepared.eval):,} evaluation examples"),
@@ -62,13 +62,12 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
         ("stops at", ", ".join(repr(session.networks.tokenizer.decode([i])) for i in sorted(session.ends))),
         ("run", where),
     ]
-    return rows
 
 
 def start(session: Session, evaluation: Evaluation | None) -> None:
     """The scores before the first step."""
     if evaluation is not None and evaluation.metrics and session.runtime.is_main:
-        session.console.title(f"step 0 (before training; {_level(session.cfg)} intervals)")
+        session.console.title(f"step {evaluation.step} (before training; {_level(session.cfg)} intervals)")
         session.console.line("  " + _scores(evaluation))
         session.console.title("training")
 
@@ -88,8 +87,8 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
         console.table(
             f"result on {len(set(last.clusters)):,} evaluation examples ({_level(session.cfg)} intervals)", header, rows
         )
-        floor = last.metrics.get("ece_noise_floor")
-        if floor is not None:
+        if "ece_noise_floor" in last.metrics:
+            floor = _plain(last, "ece_noise_floor")
             console.line(f"  (a perfectly calibrated model would read ece {interval(floor)} on these examples)")
         _show_samples(session, first.samples, last.samples)
     speed = f", {summary.tokens_per_second:,.0f} tokens/s" if summary.tokens_per_second else ""

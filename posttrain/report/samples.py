@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
+from posttrain.disk import write_text
 from posttrain.evaluate import Sample
 from posttrain.rundir import RunDir
 
 
-def write(run: RunDir, before: list[Sample], now: list[Sample], step: int) -> None:
-    """Replace the file; at step 0 the answers are the ones before, and there is none after."""
-    earlier = {sample.id: sample for sample in before}
+def write(run: RunDir, before: list[Sample] | None, now: list[Sample], step: int) -> None:
+    """Replace the file. before: None at the run's start, whose answers are the ones before; then there is none after."""
+    earlier = {sample.id: sample for sample in before or []}
     lines = []
     for sample in now:
-        line = {"id": sample.id, "prompt": sample.prompt, "reference": sample.reference}
+        line: dict[str, Any] = {"id": sample.id, "prompt": sample.prompt, "reference": sample.reference}
         line["before"] = asdict(earlier.get(sample.id, sample))
-        line["after"] = asdict(sample) | {"step": step} if step else None
+        line["after"] = None if before is None else asdict(sample) | {"step": step}
         lines.append(json.dumps(line, ensure_ascii=False))
-    scratch = run.path / ".samples.jsonl.tmp"
-    scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    scratch.replace(run.path / "samples.jsonl")
+    write_text(run.path / "samples.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def read(run: RunDir) -> list[Sample]:
-    """The answers before training, as an earlier process wrote them."""
+def read(run: RunDir, step: int, which: str) -> list[Sample]:
+    """The answers "before" training, or those "after" if they are of this step, as an earlier process wrote them."""
     path = run.path / "samples.jsonl"
     if not path.is_file():
         return []
-    return [Sample(**json.loads(line)["before"]) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line)[which] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Sample(**sample) for sample in found if sample and sample.pop("step", step) == step]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
+from posttrain.disk import write_text
 from posttrain.errors import ConfigError
 
 Metrics = dict[str, Any]
@@ -17,6 +20,9 @@ class Sink(Protocol):
 
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None: ...
 
+    def flush(self) -> None:
+        """Called before a checkpoint is saved: a run that goes on from it logs nothing of what lies before it."""
+
     def close(self) -> None: ...
 
 
@@ -25,10 +31,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_at: int | None) -> None:
         kept = _lines_until(path, resumed_at) if resumed_at is not None and path.exists() else []
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        scratch.replace(path)
-        self.file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(kept))
+        self.file = path.open("ab", buffering=0)  # unbuffered: what the disk refuses is known at its own line
 
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
         line = {
@@ -37,11 +41,23 @@ class MetricsFile:
             "time_s": round(time_s, 3),
             "metrics": {k: plain(v) for k, v in metrics.items()},
         }
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
+        self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def flush(self) -> None:
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or nothing of it."""
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError:
+            self.file.truncate(size)
+            raise
 
 
 class Wandb:
@@ -54,7 +70,7 @@ class Wandb:
             raise ConfigError("log=wandb needs the package wandb; pip install 'posttrain[wandb]'") from error
         saved = directory / "wandb_id.txt"
         if not (resumed and saved.is_file()):
-            saved.write_text(wandb.util.generate_id(), encoding="utf-8")
+            write_text(saved, secrets.token_hex(4))
         self.run = wandb.init(
             project=options.project,
             entity=options.entity,
@@ -71,8 +87,11 @@ class Wandb:
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
         self.run.log({"step": step, **{f"{split}/{k}": v for k, v in flatten(metrics).items()}})
 
+    def flush(self) -> None:
+        """Each line is handed to wandb's own process at once, which outlives this one."""
+
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class Tensorboard:
@@ -85,13 +104,16 @@ class Tensorboard:
             raise ConfigError(
                 "log=tensorboard needs the package tensorboard; pip install 'posttrain[tensorboard]'"
             ) from error
-        purge = None if resumed_at is None else resumed_at + 1
+        purge = 0 if resumed_at is None else resumed_at + 1  # hides what a killed process logged past its checkpoint
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
         self.writer.add_text("config", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
 
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
         for name, value in flatten(metrics).items():
             self.writer.add_scalar(f"{split}/{name}", value, step)
+
+    def flush(self) -> None:
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
@@ -130,6 +152,15 @@ def flatten(metrics: Metrics) -> dict[str, float]:
         )
         flat |= {f"{name}{suffix}": float(number) for suffix, number in parts.items() if number is not None}
     return flat
+
+
+def read_metrics(path: Path, split: str, step: int | None = None) -> tuple[int, Metrics] | None:
+    """(step, metrics) of the last line of this split at this step, or of the split's first line; None if there is none."""
+    if not path.is_file():
+        return None
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [(line["step"], line["metrics"]) for line in lines if line["split"] == split]
+    return found[0] if found and step is None else next((f for f in reversed(found) if f[0] == step), None)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -21,8 +21,9 @@ from posttrain import stages
 from posttrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from posttrain.data.batches import Batch, Step
+    from posttrain.data.batches import Batch
     from posttrain.data.group import Group
+    from posttrain.data.loader import Step
     from posttrain.models.networks import Networks
 
 Records = dict[str, np.ndarray]

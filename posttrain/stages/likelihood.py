@@ -64,6 +64,8 @@ def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Recor
 
     Calibration: confidence is the largest probability, correct is whether it fell on the target.
     """
+    assert statistics.confidence is not None
+    assert statistics.top1_hit is not None
     response, count = batch.response.cpu().numpy(), batch.responses
     logprob = statistics.logprob.double().cpu().numpy()
     confidence = statistics.confidence.double().cpu().numpy()

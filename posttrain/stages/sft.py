@@ -17,6 +17,7 @@ import torch
 
 from posttrain.data.group import Group
 from posttrain.data.preferences import best_response
+from posttrain.errors import ConfigError
 from posttrain.stages.likelihood import Likelihood
 
 if TYPE_CHECKING:
@@ -25,12 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class SFT(Likelihood):
-    """Completion tokens are targets: of all assistant turns, or of the last."""
+    """Completion tokens are targets: of all assistant turns, of the last, or of the turns of all the roles listed."""
 
     data_formats: ClassVar[tuple[str, ...]] = ("prompt_completion", "messages", "pairs", "groups", "scored")
 
-    train_on: Literal["all", "last"] = "all"
+    train_on: Literal["all", "last"] | list[str] = "all"
     normalize: Literal["token", "sequence"] = "token"
+
+    def check(self) -> None:
+        super().check()
+        if isinstance(self.train_on, list) and (not self.train_on or {"all", "last"} & set(self.train_on)):
+            raise ConfigError(
+                f"stage.train_on must be all, last or a list of roles, got [{', '.join(self.train_on)}]; "
+                "try [assistant, tool]"
+            )
 
     def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterator[Group]:
         """One response each: the only one, or of judged responses the best (chosen, label true, best rank or reward)."""

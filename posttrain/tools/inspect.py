@@ -26,8 +26,8 @@ def inspect(cfg: Config) -> None:
     chosen = dict.fromkeys([*range(min(EXAMPLES, len(lengths))), int(lengths.argmin()), int(lengths.argmax())])
     for position in chosen:
         group = prepared.train.groups([position])[0]
-        console.line(f"\nexample {position} (id {group.id}): {lengths[position]} tokens, {trained[position]} trained")
-        console.example(group, tokenizer)
+        title = f"example {position} (id {group.id}): {lengths[position]} tokens, {trained[position]} trained"
+        console.example(group, tokenizer, title)
     quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).astype(int)
     console.facts(
         "counts",

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.reload import find_model, lineage, load_saved
 
@@ -22,6 +23,8 @@ def merge(argv: list[str]) -> None:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a new directory for the merged model")
     base, adapters = lineage(find_model(options.model))
+    if not adapters and not Path(base).is_dir():
+        raise ModelError(f"{options.model} does not exist here; give a run, or the directory of an adapter")
     if not adapters:
         raise ModelError(f"{options.model} has no adapter to merge: it is a whole model already")
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else "auto"
@@ -29,13 +32,14 @@ def merge(argv: list[str]) -> None:
     with torch.no_grad():
         before = load_saved(options.model, dtype)[0](probe).logits
     merged, tokenizer = load_saved(options.model, dtype, merge=True)
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    with torch.no_grad():
-        after = AutoModelForCausalLM.from_pretrained(out, dtype="auto")(probe).logits
-    worst = float((before.float() - after.float()).abs().max())
-    if not worst <= TOLERANCE.get(merged.dtype, 0.5):
-        raise ModelError(f"the merged model's logits differ from the adapter's by {worst:.3g}; it is not usable")
+    with writing(out, "give another OUT"), whole_directory(out, out.with_name(f".{out.name}.tmp")) as scratch:
+        merged.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        with torch.no_grad():
+            after = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto")(probe).logits
+        worst = float((before.float() - after.float()).abs().max())
+        if not worst <= TOLERANCE.get(merged.dtype, 0.5):
+            raise ModelError(f"the merged model's logits differ from the adapter's by {worst:.3g}; it is not usable")
     print(f"merged {len(adapters)} adapter(s) into {base}: {out} (logits agree to {worst:.1g})")
 
 

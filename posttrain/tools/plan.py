@@ -14,7 +14,7 @@ from posttrain.models.load import load_config, load_tokenizer
 from posttrain.optim import warmup_steps
 from posttrain.report.console import Console
 from posttrain.runtime import Runtime
-from posttrain.session import count_steps, packing_of, prepare_data
+from posttrain.session import check_positions, count_steps, packing_of, prepare_data
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -28,10 +28,11 @@ def plan(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type)
-    order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle)
+    order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, cfg.data.mix)
     loader = Loader(prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens)
     steps, _ = count_steps(cfg, loader)
     model, described = _on_meta(cfg)
+    check_positions(cfg, model.config)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     epochs = steps * (cfg.batch.size or 0) / len(prepared.train)
@@ -47,7 +48,7 @@ def plan(cfg: Config) -> None:
             f"{cfg.schedule.name}, peak {cfg.optim.lr:g} after {warmup_steps(steps, cfg.schedule)} warm-up steps",
         ),
         ("device", runtime.describe()),
-        ("memory", _memory(cfg, total, trained, runtime.compute_dtype)),
+        ("memory", _memory(cfg, model, runtime.compute_dtype)),
     ]
     console.facts("plan (nothing was trained, no weights were loaded)", rows)
     for line in prepared.lines:
@@ -65,12 +66,18 @@ def _on_meta(cfg: Config) -> tuple[Any, str]:
     return model, described.replace("lora", cfg.adapter.name, 1)
 
 
-def _memory(cfg: Config, total: int, trained: int, compute: torch.dtype) -> str:
-    """fp32 masters, gradients and two moments for what trains; a frozen base in the compute dtype or in 4 bits."""
-    frozen = total - trained
-    base = {"none": 4.0, "qlora": 0.5 + 0.127 / 8}.get(cfg.adapter.name, 2.0 if compute == torch.bfloat16 else 4.0)
+def _memory(cfg: Config, model: Any, compute: torch.dtype) -> str:
+    """fp32 masters, gradients and two moments for what trains; a frozen base in the compute dtype, its linear layers in
+    4 bits (and 1/8 bit of block scales) under qlora."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    quantized = 0
+    if cfg.adapter.name == "qlora":
+        head = model.get_base_model().get_output_embeddings()
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        quantized = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
+    width = 2.0 if compute == torch.bfloat16 and cfg.adapter.name != "none" else 4.0
     moments = 2.0 if "8bit" in cfg.optim.name else 8.0
-    weights, state = frozen * base + trained * 4, trained * (4 + moments)
-    return (
-        f"weights {weights / GIB:.2f} GiB, gradients and optimizer {state / GIB:.2f} GiB, and activations beside them"
-    )
+    weights = (frozen - quantized) * width + quantized * (0.5 + 0.127 / 8) + trained * 4
+    state = trained * (4 + moments)
+    return f"weights {weights / GIB:.2f} GiB, gradients and optimizer {state / GIB:.2f} GiB, activations beside them"

@@ -1,6 +1,7 @@
 """Templates, masks by construction, length policy. Expected masks are written out by hand for small real templates."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -88,6 +89,7 @@ def test_everything_after_the_generation_prompt_is_trained() -> None:
         (LLAMA2, "all", " yo </s>| ok </s>"),
         (LLAMA2, "last", " ok </s>"),
         (DROPS_THINKING, "last", "ok<|im_end|>\n"),
+        (DROPS_THINKING, "all", "yo<|im_end|>\n|ok<|im_end|>\n"),  # no thinking, nothing dropped
     ],
 )
 def test_turns_that_are_trained(template: str, train_on: str, expected: str) -> None:
@@ -131,20 +133,33 @@ def test_without_a_template_the_parts_are_tokenised_apart_and_ended() -> None:
 
 
 def test_messages_without_a_template_are_refused() -> None:
-    with pytest.raises(ModelError, match="model.chat_template"):
+    with pytest.raises(ModelError, match=r"model\.chat_template"):
         encode([TWO_TURNS], make_tokenizer(), template="none")
-    with pytest.raises(ModelError, match="model.chat_template"):
+    with pytest.raises(ModelError, match=r"model\.chat_template"):
         encode([TWO_TURNS], make_tokenizer(), template="chat")
 
 
-@pytest.mark.parametrize("template", [DROPS_THINKING, NEEDS_PREFILL])
-def test_a_template_that_is_not_prefix_stable_is_refused_by_row(template: str) -> None:
+def test_a_template_that_is_not_prefix_stable_is_refused_by_row() -> None:
+    tokenizer = make_tokenizer(NEEDS_PREFILL)
     group = Group((U("hi"), A("<think>x</think>yo"), U("more")), ((A("ok"),),), file="f.jsonl", row=7)
-    with pytest.raises(DataError, match=r"f.jsonl, row 7: .*differently once the conversation goes on"):
-        encode([group], make_tokenizer(template))
-    kept, worker = encode([group], make_tokenizer(template), on_bad_row="skip")
+    with pytest.raises(DataError, match=r"f.jsonl, row 7: message 4 .* goes on with '<think>', .* with 'ok<"):
+        encode([group], tokenizer)
+    kept, worker = encode([group], tokenizer, on_bad_row="skip")
     assert (kept, worker.counts.unrenderable) == ([], 1)
     assert "row 7" in worker.counts.examples["unrenderable"][0]
+
+
+def test_an_answer_that_changes_once_the_conversation_goes_on_is_an_example_of_its_own() -> None:
+    tokenizer = make_tokenizer(DROPS_THINKING)
+    group = Group((U("hi"), A("<think>x</think>yo"), U("more")), ((A("ok"),),))
+    kept, worker = encode([group, group], tokenizer)
+    assert [targets(g, tokenizer) for g in kept] == ["<think>x</think>yo<|im_end|>\n", "ok<|im_end|>\n"] * 2
+    name = group.content_id()
+    assert [g.id for g in kept] == [f"{name}.0", f"{name}.1", f"{name}-2.0", f"{name}-2.1"]
+    assert [g.cluster for g in kept] == [name, name, f"{name}-2", f"{name}-2"]
+    assert (worker.counts.split, worker.counts.split_into, worker.counts.groups) == (2, 4, 4)
+    shorter, worker = encode([group], tokenizer, max_length=50)
+    assert ([g.id for g in shorter], worker.counts.too_long) == ([f"{name}.0"], 1)
 
 
 def test_a_token_across_the_border_of_prompt_and_answer_is_refused() -> None:
@@ -165,7 +180,7 @@ def test_long_examples_are_dropped_cut_or_refused_and_counted() -> None:
     assert [tokenizer.decode(g.responses[0]) for g in kept] == ["def", "b</s>"]
     assert (kept[0].bytes, worker.counts.truncated, worker.counts.cut_tokens) == ([3], 1, 3)
     assert worker.counts.too_long == 1  # its prompt alone fills the row: cutting would leave nothing to train on
-    with pytest.raises(DataError, match="data.max_length=6"):
+    with pytest.raises(DataError, match=r"data\.max_length=6"):
         encode(groups, tokenizer, template="none", max_length=6, on_too_long="error")
 
 
@@ -205,7 +220,7 @@ class TestDocuments:
         predicted = [token for window in windows for token in window.responses[0]]
         assert tokenizer.decode(first + predicted) == ("<s>" if len(first) and first[0] == 2 else "") + text + "</s>"
         assert all(len(w.prompt) == 1 and max(w.lengths) <= max_length for w in windows)
-        assert all(a.responses[0][-1] == b.prompt[0] for a, b in zip(windows, windows[1:], strict=False))
+        assert all(a.responses[0][-1] == b.prompt[0] for a, b in pairwise(windows))
 
     @pytest.mark.parametrize("stream", [None, 4])
     def test_bytes_and_characters_are_those_of_the_predicted_text(self, stream: int | None) -> None:

@@ -1,0 +1,42 @@
+"""The length policy: what becomes of a Group longer than data.max_length tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from posttrain.data.encoding import Counts, Encoding
+from posttrain.data.tokens import TokenGroup
+from posttrain.errors import DataError
+
+
+def fits(group: TokenGroup, encoding: Encoding, counts: Counts, tokenizer: Any) -> bool:
+    """Apply the length policy; False drops the Group (counted)."""
+    longest = max(group.lengths)
+    if longest > encoding.max_length and not _shorten(group, longest, encoding, counts, tokenizer):
+        counts.too_long += 1
+        return False
+    if not group.trained_tokens:
+        counts.nothing_trained += 1
+        return False
+    return True
+
+
+def _shorten(group: TokenGroup, longest: int, encoding: Encoding, counts: Counts, tokenizer: Any) -> bool:
+    policy, room = encoding.on_too_long, encoding.max_length - len(group.prompt)
+    if policy == "error":
+        raise DataError(
+            f"example {group.id} has {longest} tokens, over data.max_length={encoding.max_length}; "
+            "raise it, or set data.on_too_long=drop or truncate"
+        )
+    if policy != "truncate" or room <= 0 or not any(any(mask[:room]) for mask in group.masks):
+        return False
+    counts.truncated += 1
+    counts.cut_tokens += sum(max(0, length - encoding.max_length) for length in group.lengths)
+    for k, (response, mask) in enumerate(zip(group.responses, group.masks, strict=True)):
+        if len(response) <= room:
+            continue
+        group.responses[k], group.masks[k] = response[:room], mask[:room]
+        kept = [token for token, target in zip(response[:room], mask[:room], strict=True) if target]
+        text = tokenizer.decode(kept, skip_special_tokens=True)
+        group.bytes[k], group.chars[k] = len(text.encode()), len(text)
+    return True

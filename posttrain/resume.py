@@ -1,0 +1,81 @@
+"""Going on from a checkpoint: which weights a run then starts from, whether they are its own, and the rest of its state."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from posttrain.checkpoint import TrainState, load_optimizer, load_rng, load_state
+from posttrain.errors import CheckpointError
+from posttrain.models.load import load_config
+from posttrain.rundir import RECORD, RunDir
+from posttrain.runtime import Runtime, seed_everything, set_rng_state
+
+if TYPE_CHECKING:
+    from posttrain.config import AdapterConfig, Config, ModelConfig
+
+SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+"""What two configs must share for one's weights to fit the other."""
+
+
+def resumed(cfg: Config, run: RunDir) -> tuple[ModelConfig, AdapterConfig]:
+    """model.* and adapter.* with the checkpoint's weights in place of those the run began with."""
+    if run.checkpoint is None:
+        return cfg.model, cfg.adapter
+    saved = run.checkpoint / "model"
+    has_adapter = (saved / "adapter_config.json").is_file()
+    if has_adapter != (cfg.adapter.name != "none"):
+        raise CheckpointError(
+            f"{run.checkpoint} holds {'an adapter' if has_adapter else 'a whole model'}, but adapter={cfg.adapter.name}; "
+            "go on with the config of the run it comes from"
+        )
+    if has_adapter:
+        _check_adapter(cfg, saved)
+        return cfg.model, replace(cfg.adapter, path=str(saved))
+    # what model.config and rope_scaling changed stands in the checkpoint's config already: not once more
+    model = replace(
+        cfg.model, path=str(saved), tokenizer=cfg.model.tokenizer or cfg.model.path, init="weights", gguf_file=None,
+        revision=None, config={}, rope_scaling=None,
+    )  # fmt: skip
+    _check_model(cfg, model)
+    return model, cfg.adapter
+
+
+def restore(run: RunDir, optimizer: torch.optim.Optimizer, runtime: Runtime, seed: int) -> TrainState:
+    """Optimizer, random states and counters of the checkpoint; a fresh state where there is none."""
+    seed_everything(seed, runtime.rank)
+    if run.checkpoint is None:
+        return TrainState()
+    load_optimizer(run.checkpoint, optimizer)
+    rng = load_rng(run.checkpoint, runtime.rank)
+    if rng is not None:
+        set_rng_state(rng)
+    return load_state(run.checkpoint)
+
+
+def _check_model(cfg: Config, saved: ModelConfig) -> None:
+    there, here = load_config(saved), load_config(cfg.model)
+    other = [(name, getattr(there, name, None), getattr(here, name, None)) for name in SHAPE]
+    told = [f"{name} {a} there, {b} in {cfg.model.path}" for name, a, b in other if a != b]
+    if told:
+        raise CheckpointError(f"{Path(str(saved.path)).parent} is of another model: {'; '.join(told[:3])}")
+
+
+def _check_adapter(cfg: Config, saved: Path) -> None:
+    """An adapter is read with its own rank and places, so the config must say the same."""
+    asked = {name: value for name, value in asdict(cfg.adapter).items() if name not in ("path", "dropout")}
+    record = saved.parent.parent.parent / RECORD
+    if record.is_file():
+        made = json.loads(record.read_text(encoding="utf-8")).get("adapter", {})
+    else:
+        made = {"rank": json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")).get("r", asked["rank"])}
+    told = [f"adapter.{name} {made[name]} there, {v} now" for name, v in asked.items() if made.get(name, v) != v]
+    if told:
+        raise CheckpointError(f"{saved.parent} holds another adapter: {'; '.join(told)}")
