@@ -125,6 +125,6 @@ def test_the_first_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: st
     ]
     theirs = trl_losses(smollm2, chats, lr=2e-5, steps=10, max_length=512)
     run(f"model.path={smollm2}", "data.train=rows.json", "data.eval_fraction=0", "data.shuffle=false", "schedule=constant",
-        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "train.eval_every=10", "data.eval=embedded:prompt_completion:1:held_out",
-        "run.dir=ours")  # fmt: skip
+        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "train.eval_every=10", "run.dir=ours",
+        "data.eval=embedded:prompt_completion:1:held_out")  # fmt: skip
     assert train_losses("ours") == pytest.approx(theirs, rel=1e-3)

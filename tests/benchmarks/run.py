@@ -74,8 +74,8 @@ def main() -> None:
 
 {platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}.
 {Path(options.model).name}, bf16 autocast over fp32 weights, batch 8, max_length 512, the same rows in the
-same order, {options.steps - 1} timed steps, {options.rounds} rounds by turns. Losses agree to 1 % at every step. Trained tokens per second, peak resident memory in GiB;
-medians, and the spread of the ratio.
+same order, {options.steps - 1} timed steps, {options.rounds} rounds by turns. Losses agree to 1 %
+at every step. Trained tokens per second, peak resident memory in GiB; medians, and the spread of the ratio.
 
 | layout, adapter | ours | TRL | faster by | our memory | TRL's | ratio |
 |---|---|---|---|---|---|---|
