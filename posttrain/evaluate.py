@@ -32,7 +32,10 @@ CONTINUATION_PROMPT = 16
 
 @dataclass
 class Sample:
-    """One generated answer. verdict: right, wrong, or None where it was not verified or could not be read."""
+    """One generated answer. verdict: right, wrong, or None where it was not verified or could not be read.
+
+    question: the prompt as a person asked it, without the chat template.
+    """
 
     id: str
     prompt: str
@@ -41,6 +44,7 @@ class Sample:
     finished: bool
     verdict: bool | None = None
     verified: bool = False
+    question: str = ""
 
 
 @dataclass
@@ -154,7 +158,9 @@ class Evaluator:
             reference = reference_answer(group, tokenizer)
             verdict = verify(text, reference) if verify else None
             shown = tokenizer.decode(prompt)
-            samples.append(Sample(group.id, shown, text, reference, answer.finished, verdict, verify is not None))
+            samples.append(
+                Sample(group.id, shown, text, reference, answer.finished, verdict, verify is not None, question(group))
+            )
         return samples
 
 
@@ -164,6 +170,12 @@ def prompt_tokens(group: TokenGroup) -> list[int]:
         return group.prompt + group.responses[0][: group.masks[0].index(True)]
     whole = group.prompt + group.responses[0]
     return whole[: min(CONTINUATION_PROMPT, (len(whole) + 1) // 2)]
+
+
+def question(group: TokenGroup) -> str:
+    """The prompt as a person asked it: its text, or the last turn before the answer."""
+    prompt = json.loads(group.text)["prompt"]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
 
 def reference_answer(group: TokenGroup, tokenizer: Any) -> str:

@@ -78,6 +78,11 @@ def on_main(runtime: Runtime, function: Callable[[], T]) -> T:
 def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -> Session:
     """Build it all in the order in which a user's mistakes are cheapest to tell: data before weights."""
     cfg.stage.check()
+    if cfg.adapter.name == "none" and cfg.model.dtype in ("bfloat16", "float16"):
+        raise ConfigError(
+            f"model.dtype={cfg.model.dtype} would train weights without fp32 masters, and small updates would be rounded away; "
+            "leave model.dtype=auto (precision=bf16 computes in bf16), or train an adapter"
+        )
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     ends = stop_ids(prepared, tokenizer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,30 @@ def changes(first: Evaluation, last: Evaluation, options: EvalConfig, seed: int)
         ids = np.array(last.ids)[asked]
         now, then = ({"accuracy": e.records["accuracy"][asked]} for e in (last, first))
         found |= stats.paired(now, ids, then, ids, **settings)
+        found["accuracy"] = _if_all_tied(found["accuracy"], len(ids), options.confidence_level)
+    if "perplexity" in found:
+        found["perplexity"] = _as_nll(found["perplexity"], found["nll"])
     return {name: _told(difference) for name, difference in found.items()}
+
+
+def _as_nll(perplexity: stats.PairedDifference, nll: stats.PairedDifference) -> stats.PairedDifference:
+    """Perplexity is exp(nll), so its change has nll's interval, exponentiated from the start: their verdicts agree."""
+
+    def change(nats: float | None) -> float | None:
+        start = perplexity.value_b
+        return None if nats is None or start is None or nats > 700 else start * math.expm1(nats)
+
+    low, high, method = change(nll.low), change(nll.high), f"{nll.method}, of nll"
+    return replace(perplexity, low=low, high=high, p_value=nll.p_value, test=nll.test, method=method)
+
+
+def _if_all_tied(accuracy: stats.PairedDifference, n: int, level: float) -> stats.PairedDifference:
+    """With no answer changed the resampled difference is 0 always; what can be said is that at most a share of answers
+    changes, with Clopper and Pearson's upper limit for none of n."""
+    if accuracy.se or not n:
+        return accuracy
+    limit = 1 - ((1 - level) / 2) ** (1 / n)
+    return replace(accuracy, low=-limit, high=limit, method="no answer changed: exact limit of the share that may")
 
 
 def _told(difference: stats.PairedDifference) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+from posttrain.errors import DataError
+
+NUMBER = re.compile(r"(?<![\d)])-?\$?\d[\d,]*(?:\.\d+)?")
 MARKER = "####"
 
 
@@ -18,7 +20,7 @@ def number(answer: str, reference: str) -> bool | None:
     """The same final number: the one after the last `####` (GSM8K), else the last in the text; 1,000 = 1000 = 1000.0."""
     given, wanted = final_number(answer), final_number(reference)
     if wanted is None:
-        raise ValueError(f"the reference answer {reference[:60]!r} holds no number; use eval.verifier=exact")
+        raise DataError(f"the reference answer {reference[:60]!r} holds no number; use eval.verifier=exact")
     return None if given is None else given == wanted
 
 

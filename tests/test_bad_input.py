@@ -378,3 +378,24 @@ def test_two_processes_build_the_same_cache() -> None:
     (directory / cache.FACTS).unlink()  # half deleted by somebody
     cache.build(directory, lambda scratch: {"who": "I"})
     assert cache.read_facts(directory) == {"who": "I"}
+
+
+def test_weights_without_masters_are_refused(capsys):
+    from posttrain.cli import main
+
+    model = ["model.path=embedded", "data.train=embedded:prompt_completion:20", "data.max_length=64", "run.dir=r"]
+    assert main([*model, "model.dtype=bfloat16", "train.steps=1"]) == 2
+    assert "without fp32 masters" in capsys.readouterr().err
+
+
+def test_an_adapter_given_as_a_model_is_named(capsys, tmp_path):
+    from posttrain.cli import main
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        from posttrain.models.embedded import DIRECTORY
+
+        (tmp_path / "a" / name).write_text((DIRECTORY / name).read_text())
+    assert main(["model.path=a", "data.train=embedded:prompt_completion:20", "data.max_length=64"]) == 2
+    assert "model.path=some/base adapter=lora adapter.path=a" in capsys.readouterr().err

@@ -42,6 +42,7 @@ class Order:
         while count > 0:
             epoch, offset = divmod(start, size)
             part = self._epoch(epoch)[offset : offset + count]
+            assert len(part), "an epoch has fewer draws than examples"
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)

@@ -21,13 +21,13 @@ from posttrain.data.split import split
 from posttrain.data.text import text_blocks
 from posttrain.data.tokenize import Counts, Encoding, Tokenizer
 from posttrain.data.tokens import TokenDataset, TokenGroup, Writer, read
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from posttrain.config import DataConfig
     from posttrain.stages.base import Stage
 
-VERSION = 3
+VERSION = 4
 """Raise when the same text would become other tokens: cached files of other versions are not found."""
 
 
@@ -61,6 +61,7 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
 
     Without data.train (posttrain eval) there is evaluation data only.
     """
+    check_mix(data)
     named = [(name, "train") for name in list_sources(data.train)] + [
         (name, "eval") for name in list_sources(data.eval)
     ]
@@ -76,6 +77,18 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
     facts = cache.read_facts(directory)
     train, held_out = (TokenDataset(read(directory / f"{side}.arrow")) for side in ("train", "eval"))
     return Prepared(train, held_out, facts["lines"], facts["counts"], key, directory, reused)
+
+
+def check_mix(data: DataConfig) -> None:
+    """data.mix must have a weight for each file that data.train stands for, folders and globs spelled out."""
+    if not data.mix:
+        return
+    names = list_sources(data.train)
+    if len(names) != len(data.mix):
+        raise ConfigError(
+            f"data.mix has {len(data.mix)} weights, but data.train stands for {len(names)} files ({', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}); give each its weight"
+        )
 
 
 def list_sources(value: Any) -> list[str]:
@@ -105,11 +118,11 @@ def cache_key(
 ) -> str:
     """Changes with whatever decides the tokens: file contents, reading options, tokenizer, template, split."""
     options = asdict(data)
-    for name in ("cache", "shuffle", "mix", "max_lost_fraction", "train", "eval"):
+    for name in ("cache", "shuffle", "mix", "train", "eval"):
         options.pop(name, None)
     parts = {
         "version": VERSION,
-        "sources": [(s.side, s.name if _is_embedded(s.name) else fingerprint(s.name)) for s in sources],
+        "sources": [(s.side, (s.name, None if _is_embedded(s.name) else fingerprint(s.name))) for s in sources],
         "options": options,
         "encoding": asdict(encoding),
         "tokenizer": cache.tokenizer_fingerprint(tokenizer),

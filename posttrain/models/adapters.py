@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from posttrain.models.router import Routers
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels on every machine without a GPU
 
 FUSED = {
     "query_key_value", "c_attn", "qkv_proj", "Wqkv", "W_pack", "qkv", "in_proj_qkvz", "in_proj_qkv", "kv_proj", "kv_b_proj",

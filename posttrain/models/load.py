@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,13 @@ def resolve_path(path: str | None) -> str:
 def load_config(model: ModelConfig) -> PreTrainedConfig:
     """The architecture, with `model.config.*`, rope_scaling and dropout applied; refuses what is no causal decoder."""
     path = resolve_path(model.path)
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file() and not (Path(path) / "config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ModelError(
+            f"model.path={model.path} is an adapter, not a whole model; give its base and the adapter: "
+            f"model.path={base} adapter=lora adapter.path={model.path}, or fold it in with posttrain merge"
+        )
     try:
         config = AutoConfig.from_pretrained(path, **_source(model))
     except (OSError, ValueError, KeyError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
     """
     found = find_model(path)
     base, adapters = lineage(found)
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft's, of transformers'
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(found)

@@ -41,7 +41,8 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in session.networks.parameters)
     size = f"{cfg.batch.size} examples" if cfg.batch.size else f"about {cfg.batch.tokens:,} tokens"
-    epochs = f" ({session.steps * cfg.batch.size / len(loader.data):.2g} epochs)" if cfg.batch.size else ""
+    drawn = session.draws or session.steps * (cfg.batch.size or 0)
+    epochs = f" ({drawn / len(loader.data):.2g} epochs)" if drawn else ""
     where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
     dtype = str(module.network.dtype).removeprefix("torch.")
     return [
@@ -91,12 +92,16 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
             floor = _plain(last, "ece_noise_floor")
             console.line(f"  (a perfectly calibrated model would read ece {interval(floor)} on these examples)")
         _show_samples(session, first.samples, last.samples)
-    speed = f", {summary.tokens_per_second:,.0f} tokens/s" if summary.tokens_per_second else ""
+    speed = f", {summary.tokens_per_second:,.0f} tokens/s after the first step" if summary.tokens_per_second else ""
     memory = summary.peak_memory_bytes / 2**30
     stopped = " (stopped early: no better for train.patience evaluations)" if summary.stopped_early else ""
     console.line(
         f"\n{summary.steps:,} steps{stopped}, {summary.tokens:,} tokens in {summary.seconds:.0f} s{speed}, {memory:.1f} GiB peak"
     )
+    if summary.best_checkpoint and summary.stopped_early:
+        console.line(
+            f"model/ holds the last step's weights; the best evaluation's are in {summary.best_checkpoint}/model"
+        )
     console.facts("next", next_commands(summary))
 
 
@@ -117,7 +122,8 @@ def _show_samples(session: Session, before: list[Sample], after: list[Sample]) -
     chosen = (changed or after)[:SHOWN_SAMPLES]
     if chosen:
         rows = [
-            [_short(s.prompt, 40), _short(earlier.get(s.id, "")), _short(s.answer), _short(s.reference)] for s in chosen
+            [_short(s.question or s.prompt, 40), _short(earlier.get(s.id, "")), _short(s.answer), _short(s.reference)]
+            for s in chosen
         ]
         session.console.table("answers", ["prompt", "before", "after", "reference"], rows)
 

@@ -30,12 +30,12 @@ def plan(cfg: Config) -> None:
     packing = packing_of(cfg, runtime.device.type)
     order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, cfg.data.mix)
     loader = Loader(prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens)
-    steps, _ = count_steps(cfg, loader)
+    steps, draws = count_steps(cfg, loader)
     model, described = _on_meta(cfg)
     check_positions(cfg, model.config)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    epochs = steps * (cfg.batch.size or 0) / len(prepared.train)
+    epochs = (draws or steps * (cfg.batch.size or 0)) / len(prepared.train)
     rows = [
         ("stage", cfg.stage_name),
         ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters"),

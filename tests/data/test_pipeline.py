@@ -1,0 +1,61 @@
+"""Sources to token files: found again only when nothing that decides the tokens has changed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.config import resolve
+from posttrain.data.pipeline import Prepared, prepare
+from posttrain.errors import ConfigError, DataError
+from posttrain.models.load import load_tokenizer
+
+ROWS = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def _files() -> None:
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    for name in ("a.jsonl", "b.jsonl", "same.txt", "folder/c.jsonl", "folder/d.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+
+
+def prepared(*overrides: str) -> Prepared:
+    cfg = resolve(["model.path=embedded", "data.max_length=64", "data.eval_fraction=0.2", *overrides], "plan")
+    tokenizer: Any = load_tokenizer(cfg.model)
+    return prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed)
+
+
+def test_the_same_content_is_tokenised_once() -> None:
+    first, second = prepared("data.train=a.jsonl"), prepared("data.train=a.jsonl")
+    assert (first.reused, second.reused) == (False, True)
+    assert first.lines == second.lines
+    assert len(first.train) + len(first.eval) == 60
+    assert not set(first.train.column("id")) & set(first.eval.column("id"))
+
+
+def test_the_same_bytes_under_another_ending_are_read_anew() -> None:
+    stream = prepared("stage=pretrain", "data.train=same.txt")
+    rows = prepared("stage=pretrain", "data.train=a.jsonl")
+    assert any("one stream of text" in line for line in stream.lines)
+    assert any("60 rows" in line for line in rows.lines)
+
+
+def test_a_limit_on_losses_holds_for_what_is_found_again() -> None:
+    lossy = ["data.train=a.jsonl", "data.max_length=6"]
+    assert len(prepared(*lossy, "data.max_lost_fraction=1").train) < 40
+    with pytest.raises(DataError, match=r"data.max_lost_fraction=0.2 allows"):
+        prepared(*lossy)
+
+
+def test_a_mix_needs_a_weight_for_every_file() -> None:
+    with pytest.raises(ConfigError, match=r"data.mix has 2 weights, but data.train stands for 3 files"):
+        prepared("data.train=[folder,a.jsonl]", "data.mix=[0.5,0.5]")
+    assert prepared("data.train=[folder,a.jsonl]", "data.mix=[0.5,0.2,0.3]").train
+
+
+def test_a_limit_is_shared_by_the_sources() -> None:
+    found = prepared("data.train=[a.jsonl,b.jsonl]", "data.train_limit=9")
+    assert sorted(found.train.column("source")) == [0] * 4 + [1] * 5
