@@ -30,8 +30,10 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimi
 
     cls = getattr(bitsandbytes.optim, EIGHT_BIT[optim.name])
     device = next(p.device for g in groups for p in g["params"])
-    if device.type == "cpu":
-        raise ConfigError(f"optim.name={optim.name} needs a GPU: bitsandbytes has no optimizer for the CPU; use adamw")
+    if device.type == "cpu" and optim.name.startswith("paged"):
+        raise ConfigError(
+            f"optim.name={optim.name} pages to a GPU's host memory, and there is no GPU; use adamw8bit or adamw"
+        )
     optimizer: torch.optim.Optimizer = cls(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     return optimizer
 

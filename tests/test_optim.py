@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from posttrain.errors import ConfigError
 from posttrain.optim import build_optimizer, learning_rate, parameter_groups, warmup_steps
 
 
@@ -88,3 +89,26 @@ def test_the_rate_of_a_step(schedule: Schedule, expected: dict[int, float]) -> N
 def test_warmup_steps_win_over_their_share() -> None:
     assert warmup_steps(100, Schedule(warmup_steps=0, warmup_fraction=0.5)) == 0  # type: ignore[arg-type]
     assert warmup_steps(101, Schedule(warmup_fraction=0.03)) == 4  # type: ignore[arg-type]
+
+
+def test_eight_bit_moments_step_as_adamw_does_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    start, grad, moved = torch.randn(128, 64), torch.randn(128, 64), []
+    for name in ("adamw", "adamw8bit"):
+        module = nn.Linear(64, 128, bias=False)
+        module.weight.data.copy_(start)
+        optimizer = build_optimizer(module, options(Optim, name=name))
+        for _ in range(3):
+            module.weight.grad = grad.clone()
+            optimizer.step()
+        moved.append(module.weight.data - start)
+        if name == "adamw8bit":
+            assert optimizer.state[module.weight]["state1"].dtype == torch.uint8
+    assert float((moved[0] - moved[1]).abs().mean() / moved[0].abs().mean()) < 0.05
+
+
+def test_paged_moments_need_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match=r"optim.name=paged_adamw8bit .* use adamw8bit"):
+        build_optimizer(nn.Linear(4, 4), options(Optim, name="paged_adamw8bit"))
