@@ -37,6 +37,7 @@ class TrainState:
     best_step: int | None = None
     evaluations_since_best: int = 0
     pooled: list[dict[str, list[float]]] = field(default_factory=list)
+    reference: dict[str, str] = field(default_factory=dict)
 
 
 def name_of(step: int) -> str:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import torch
 
 from posttrain import stats
-from posttrain.data.batches import Packing
 from posttrain.data.loader import evaluation_batches, gather
+from posttrain.data.packing import Packing
 from posttrain.data.tokens import TokenDataset, TokenGroup
 from posttrain.rollout import generate
 from posttrain.stages.base import Records, Stage
@@ -91,9 +91,8 @@ class Evaluator:
         for positions, rows in self.batches:
             batch = gather(self.data, positions, rows, self.packing.layout).to(self.runtime.device)
             records = self.stage.score(self.networks, batch, self.options.bins)
-            owners = batch.group.tolist()
-            parts.append(([batch.ids[g] for g in owners], [batch.clusters[g] for g in owners], records))
-        answers = self._generate() if samples and self.options.generate else []
+            parts.append((batch.ids, batch.clusters, records))
+        answers = self._generate() if samples and self.options.generate and self.stage.generates else []
         parts, answers = self.runtime.gather(parts), self.runtime.gather(answers)
         self.networks.train(True)
         evaluation = self._summarise(step, parts, answers, final) if self.runtime.is_main else None
@@ -179,13 +178,14 @@ def question(group: TokenGroup) -> str:
 
 
 def reference_answer(group: TokenGroup, tokenizer: Any) -> str:
-    """The row's `answer` column, else the first trained turn: generation is given what stands before it."""
+    """The row's `answer` column, else the first trained turn of the best response: generation is given what stands before."""
     text = json.loads(group.text)
     if "answer" in text["columns"]:
         return str(text["columns"]["answer"])
     if text["prompt"] is None:
         return str(text["responses"][0])
-    response, mask = group.responses[0], group.masks[0]
+    k = int(np.argmax(group.standings)) if group.standings else 0
+    response, mask = group.responses[k], group.masks[k]
     start = mask.index(True)
     stop = next((i for i in range(start, len(mask)) if not mask[i]), len(mask))
     return str(tokenizer.decode(response[start:stop], skip_special_tokens=True)).strip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -12,16 +12,17 @@ from safetensors import SafetensorError
 
 from posttrain import rundir
 from posttrain.checkpoint import TrainState
-from posttrain.data.batches import Packing
 from posttrain.data.loader import Loader, Order
+from posttrain.data.packing import Packing, row_cost
 from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.models.load import load_config, load_tokenizer
-from posttrain.models.networks import Networks, build_policy
+from posttrain.models.networks import Head, Networks, build_network
 from posttrain.models.probe import check_forward, probe_positions, sliding_window
 from posttrain.optim import build_optimizer
+from posttrain.reference import Reference, check_start
 from posttrain.report.console import Console
 from posttrain.resume import restore, resumed
 from posttrain.rundir import RunDir
@@ -29,7 +30,6 @@ from posttrain.runtime import Runtime, seed_everything
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
-    from posttrain.models.policy import Policy
 
 T = TypeVar("T")
 
@@ -38,6 +38,9 @@ MICRO_TOKENS = {"cpu": 4_096, "cuda": 16_384}
 
 OVERHEAD_TOKENS = {"cpu": 256, "cuda": 1_024}
 """What one more forward costs beside its tokens: reading the weights, launching kernels."""
+
+SHARED_GAIN = 0.95
+"""batch.layout=auto shares prompts where that leaves at most this share of the padded layout's cost."""
 
 
 @dataclass
@@ -86,7 +89,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     ends = stop_ids(prepared, tokenizer)
-    packing = packing_of(cfg, runtime.device.type)
+    packing = packing_of(cfg, runtime.device.type, prepared)
     order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, _mix(cfg))
     loader = Loader(
         prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens, rank=runtime.rank, world=runtime.world
@@ -95,16 +98,20 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     if cfg.train.patience is not None and not len(prepared.eval):
         raise ConfigError(f"train.patience={cfg.train.patience} needs scores, but no evaluation example was held out")
     seed_everything(cfg.train.seed, 0)
-    policy, described = open_policy(cfg, runtime, *resumed(cfg, run), checkpointing=cfg.train.gradient_checkpointing)
+    model, adapter = resumed(cfg, run)
+    policy, described = open_network(
+        cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends)
+    )
     check_fits(cfg, policy, tokenizer)
     policy.to(runtime.device)
-    probed = prepared.train.groups(probe_positions(prepared.train.longest, sliding_window(policy.network)))
-    probe = check_forward(policy, probed, packing.layout, runtime.device)
+    probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
+    probe, loader.packing = probe_layout(cfg, policy, prepared, probed, packing, runtime)
     optimizer = build_optimizer(policy, cfg.optim)
+    state = restore(run, optimizer, runtime, cfg.train.seed)
+    probe |= attach_reference(cfg, runtime, prepared, loader, tokenizer, state, policy, probed)
     wrapped = runtime.wrap(policy, find_unused=policy.is_mixture)
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
-    evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
-    state = restore(run, optimizer, runtime, cfg.train.seed)
+    evaluator = Evaluator(cfg.stage, networks, prepared.eval, loader.packing, runtime, cfg.eval, ends, cfg.train.seed)
     if state.step > steps:
         raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(
@@ -118,13 +125,63 @@ def prepare_data(cfg: Config, tokenizer: Any, runtime: Runtime) -> Prepared:
     return prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed)
 
 
-def packing_of(cfg: Config, device: str) -> Packing:
+def packing_of(cfg: Config, device: str, prepared: Prepared) -> Packing:
     """batch.* with what was left to `auto` decided: padded, for rows sorted by length waste little; packed where the
-    attention kernel skips other documents."""
+    attention kernel skips other documents; shared where repeating the prompts would cost more."""
     flash = str(cfg.model.attention).startswith("flash")
-    layout = cfg.batch.layout if cfg.batch.layout != "auto" else ("packed" if flash else "padded")
+    layout = cfg.batch.layout if cfg.batch.layout != "auto" else ("packed" if flash else _cheapest(cfg, prepared))
     budget = cfg.batch.micro_tokens or MICRO_TOKENS[device]
     return Packing(layout, budget, cfg.batch.micro_size, one_row=flash, overhead_tokens=OVERHEAD_TOKENS[device])
+
+
+def _cheapest(cfg: Config, prepared: Prepared) -> str:
+    """padded, or shared where its rows cost less by more than the masks they need."""
+    data = prepared.train if len(prepared.train) else prepared.eval
+    if not len(data) or int(data.counts.max()) < 2:
+        return "padded"
+    size = int(load_config(cfg.model).get_text_config(decoder=True).hidden_size)
+    shared = row_cost(data.widths("shared"), data.heights("shared"), size)
+    return "shared" if shared < SHARED_GAIN * row_cost(data.longest, data.counts, size) else "padded"
+
+
+def probe_layout(
+    cfg: Config, policy: Any, prepared: Prepared, probed: list[int], packing: Packing, runtime: Runtime
+) -> tuple[dict[str, float], Packing]:
+    """Check the forward pass on these examples. A layout that was asked for and cannot be is an error; one that `auto` chose
+    gives way to padded, and that is said."""
+    groups = prepared.train.groups(probed)
+    try:
+        return check_forward(policy, groups, packing.layout, runtime.device), packing
+    except ModelError as error:
+        if cfg.batch.layout != "auto" or packing.layout == "padded":
+            raise
+        padded = replace(packing, layout="padded")
+        found = check_forward(policy, groups, "padded", runtime.device)
+        prepared.lines.append(f"batch.layout=auto takes padded: {error}")
+        return found, padded
+
+
+def attach_reference(
+    cfg: Config, runtime: Runtime, prepared: Prepared, loader: Loader, tokenizer: Any, state: TrainState, policy: Any,
+    probed: list[int],
+) -> dict[str, float]:  # fmt: skip
+    """Give the data the reference's log-probs where the stage wants them; what the start-up check of them found."""
+    sampled = any(group.sampler_logprobs for group in _first(prepared))
+    wanted = cfg.stage.needs_reference(sampled)
+    if cfg.model.reference is not None and wanted == "never":
+        raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
+    if wanted == "never":
+        return {}
+    reference = Reference(cfg, runtime, loader.packing, tokenizer, state.reference)
+    start = None if state.step else policy
+    if len(prepared.eval):
+        prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, start)
+    if wanted == "always":
+        loader.data = prepared.train = reference.attach("train", prepared.train, prepared.fingerprint, start)
+    state.reference = reference.keys
+    if start is None or cfg.model.reference is not None or wanted != "always":
+        return {}
+    return {"reference": check_start(policy, prepared.train.groups(probed), loader.packing, runtime)}
 
 
 def count_steps(cfg: Config, loader: Loader) -> tuple[int, int | None]:
@@ -185,12 +242,17 @@ def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: 
     return on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name, verb))
 
 
-def open_policy(
-    cfg: Config, runtime: Runtime, model: ModelConfig, adapter: AdapterConfig, checkpointing: bool = False
-) -> tuple[Policy, str]:
-    """The policy and its adapter's line; weights that cannot be read are the user's to mend, whoever finds it out."""
+def open_network(
+    cfg: Config,
+    runtime: Runtime,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    checkpointing: bool = False,
+    head: Head | None = None,
+) -> tuple[Any, str]:
+    """The network and its adapter's line; weights that cannot be read are the user's to mend, whoever finds it out."""
     try:
-        return build_policy(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing)
+        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head)
     except SafetensorError as error:
         raise ModelError(
             f"cannot read the weights of {model.path}: {error}; a .safetensors file there is cut short or is no such file"

@@ -25,13 +25,11 @@ from posttrain.rundir import create
 from posttrain.runtime import Runtime, rng_state
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
+from posttrain.stats import LOWER_IS_BETTER
 from posttrain.summary import Summary
 
 if TYPE_CHECKING:
     from posttrain.config import Config
-
-OBJECTIVE = "nll"
-"""What best-so-far and early stopping watch, lower being better."""
 
 
 def train(cfg: Config) -> Summary:
@@ -218,8 +216,10 @@ class Trainer:
 
     def _judge(self, evaluation: Evaluation) -> None:
         """Best so far, and how long since; a score that is not finite is no best."""
-        value, state = evaluation.value(OBJECTIVE), self.state
-        if math.isfinite(value) and (state.best_value is None or value < state.best_value):
+        watched, state = self.cfg.stage.watches, self.state
+        value = evaluation.value(watched)
+        sign = 1 if watched in LOWER_IS_BETTER else -1
+        if math.isfinite(value) and (state.best_value is None or sign * value < sign * state.best_value):
             state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0
         else:
             state.evaluations_since_best += 1

@@ -19,6 +19,7 @@ STOREYS = [
         "evaluate",
         "session",
         "runtime",
+        "reference",
         "checkpoint",
         "resume",
         "rundir",

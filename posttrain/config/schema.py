@@ -28,11 +28,12 @@ class ModelConfig:
     gguf_file: str | None
     init: Literal["weights", "config"]
     config: dict[str, Any]
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     rope_scaling: dict[str, Any] | None
     dropout: Literal["none", "keep"]
     chat_template: str | None = field(metadata=PATH)
+    reference: str | None = field(metadata=PATH)
     trust_remote_code: bool
 
 
@@ -62,6 +63,7 @@ class DataConfig:
     mix: list[float] | None = field(metadata={"min": 0})
     format: Literal["auto", "text", "prompt_completion", "messages", "pairs", "groups", "scored", "prompts"]
     columns: dict[str, str]
+    reward_weights: dict[str, float]
     template: Literal["auto", "chat", "none"]
     document_separator: str | None
     max_length: int = field(metadata={"min": 2})
@@ -79,7 +81,7 @@ class BatchConfig:
     tokens: int | None = field(metadata={"min": 1})
     micro_tokens: int | None = field(metadata={"min": 1})
     micro_size: int | None = field(metadata={"min": 1})
-    layout: Literal["auto", "padded", "packed"]
+    layout: Literal["auto", "padded", "packed", "shared"]
 
 
 @dataclass

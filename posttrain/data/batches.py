@@ -1,19 +1,21 @@
 """TokenGroups → tensors. A Batch alone knows its layout; a stage sees only trained tokens and the responses they belong to.
 
-padded: one response a row. packed: several share a row; attention and positions restart at each. Layouts never change what a
-step holds: its Groups are chosen first, and packing happens within the step.
+padded: one response a row. packed: several share a row; attention and positions restart at each. shared: a prompt stands
+once in its row, its K responses side by side behind it, each attending to the prompt and itself, positions going on from
+the prompt. Layouts never change what a step holds: its Groups are chosen first, and packing happens within the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.data.packing import Rows
 from posttrain.data.tokens import TokenGroup
 
 
@@ -22,10 +24,15 @@ class Batch:
     """One forward pass.
 
     input_ids, position_ids: [R, L]. Rows are padded on the right; causal attention never looks there.
-    segments: [R, L] the response each position belongs to, -1 at padding.
-    predict: [N] flat positions (row·L + column) whose hidden state predicts a target; targets: [N] the ids predicted.
+    segments: [R, L] the response each position belongs to (a shared prompt's is its first response), -1 at padding.
+    is_prompt: [R, L] prompts that several responses read, in the shared layout only.
+    predict: [N] flat positions (row·L + column) whose hidden state predicts a target; targets: [N] the ids predicted;
+        at: [N] the targets' own flat positions; last: [responses] that of each response's last token.
     response: [N] which response a target belongs to; group: [responses] which Group a response belongs to.
     ids, clusters: the Groups' ids and resampling clusters; bytes, chars: [responses] of the targets' text.
+    rewards, standings, target_probs, sampler_logprobs: [responses], margin: [groups]; NaN where the data has none.
+        standings: by which a Group's responses order, higher is better.
+    reference: [N] the reference's log-probs of the targets (nats), where the run has a reference.
     weight: 1, or 0 for a batch that only keeps the ranks in step and counts nothing.
     """
 
@@ -33,8 +40,11 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     segments: Tensor
+    is_prompt: Tensor | None
     predict: Tensor
     targets: Tensor
+    at: Tensor
+    last: Tensor
     response: Tensor
     group: Tensor
     trained_per_response: Tensor
@@ -42,7 +52,17 @@ class Batch:
     clusters: list[str]
     bytes: np.ndarray
     chars: np.ndarray
+    rewards: Tensor
+    standings: Tensor
+    target_probs: Tensor
+    sampler_logprobs: Tensor
+    margin: Tensor
+    reference: Tensor | None = None
     weight: float = 1.0
+
+    @property
+    def groups(self) -> int:
+        return len(self.ids) if self.weight else 0
 
     @property
     def responses(self) -> int:
@@ -72,162 +92,115 @@ class Batch:
         """Sum values [N] of trained tokens over each response: [responses]."""
         return values.new_zeros(len(self.group)).index_add(0, self.response, values)
 
+    def by_group(self, values: Tensor) -> Tensor:
+        """Sum values [responses] over each Group: [groups]."""
+        return values.new_zeros(len(self.ids)).index_add(0, self.group, values)
+
     def empty(self) -> Batch:
         """The same tensors counting nothing."""
         return replace(self, weight=0.0)
 
 
-class Sized(Protocol):
-    """What planning needs of a dataset."""
+class Placed(NamedTuple):
+    """Response k of Group g in a row: the column its prompt begins at, and its own."""
 
-    lengths: np.ndarray
-    longest: np.ndarray
-
-
-Rows = list[list[int]]
-"""One micro-batch: its rows, each a list of positions into the step's Groups."""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a step becomes micro-batches.
-
-    layout: "padded" or "packed". micro_tokens: token budget of one forward, padding included. micro_size: Groups in one
-    forward instead. one_row: the attention kernel takes one packed row at a time. overhead_tokens: what one more forward
-    costs, in tokens: below it padding is cheaper than splitting.
-    """
-
-    layout: str
-    micro_tokens: int
-    micro_size: int | None = None
-    one_row: bool = False
-    overhead_tokens: int = 128
-
-    def plan(self, longest: Sequence[int] | np.ndarray, world: int = 1) -> list[Rows]:
-        """Micro-batches over Groups of these lengths (tokens), their number a multiple of `world`; some may be empty.
-
-        A function of the lengths alone, so that every rank makes the same plan without a word.
-        """
-        lengths = np.asarray(longest, dtype=np.int64)
-        order = np.argsort(-lengths, kind="stable")
-        if self.micro_size:
-            chunks = [order[i : i + self.micro_size].tolist() for i in range(0, len(order), self.micro_size)]
-            micros = [self._rows(chunk, lengths, max(self.micro_tokens, int(lengths[chunk].sum()))) for chunk in chunks]
-        elif self.layout == "packed":
-            rows = best_fit(order, lengths, self._capacity(lengths))
-            per = 1 if self.one_row else max(1, self.micro_tokens // max(sum(lengths[r]) for r in rows))
-            micros = [rows[i : i + per] for i in range(0, len(rows), per)]
-        else:
-            micros = self._padded(order, lengths)
-        return _multiple(micros, world)
-
-    def _capacity(self, lengths: np.ndarray) -> int:
-        """Tokens of one packed row: the whole budget for kernels that skip other documents, else the longest example, for
-        a masked kernel's cost grows with the square of the row."""
-        longest = int(lengths.max())
-        return max(longest, self.micro_tokens) if self.one_row else longest
-
-    def _rows(self, chunk: list[int], lengths: np.ndarray, capacity: int) -> Rows:
-        if self.layout == "padded":
-            return [[i] for i in chunk]
-        return best_fit(chunk, lengths, capacity if self.one_row else int(lengths[chunk].max()))
-
-    def _padded(self, order: np.ndarray, lengths: np.ndarray) -> list[Rows]:
-        """Cut the examples, longest first, where the padded tokens and the overhead of each forward sum to the least."""
-        widths = lengths[order]
-        cost, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
-        for stop in range(1, len(order) + 1):
-            first = max(0, stop - max(1, self.micro_tokens // int(widths[stop - 1])))
-            starts = np.arange(first, stop)
-            padded = (stop - starts) * widths[starts]
-            total = np.where((padded <= self.micro_tokens) | (starts == stop - 1), cost[starts] + padded, np.inf)
-            best = int(total.argmin())
-            cost[stop], cut[stop] = total[best] + self.overhead_tokens, starts[best]
-        stops, stop = [], len(order)
-        while stop:
-            stops.append(stop)
-            stop = int(cut[stop])
-        return [[[int(i)] for i in order[cut[stop] : stop]] for stop in reversed(stops)]
-
-
-def best_fit(order: Sequence[int] | np.ndarray, lengths: np.ndarray, capacity: int) -> Rows:
-    """Best-fit decreasing: each item goes into the fullest row that still has room for it."""
-    rows: Rows = []
-    room = np.zeros(0, dtype=np.int64)
-    for index in order:
-        length = int(lengths[index])
-        fitting = np.where(room >= length, room, np.iinfo(np.int64).max)
-        best = int(fitting.argmin()) if len(fitting) else -1
-        if best < 0 or room[best] < length:
-            rows.append([int(index)])
-            room = np.append(room, capacity - length)
-        else:
-            rows[best].append(int(index))
-            room[best] -= length
-    return rows
-
-
-def _multiple(micros: list[Rows], world: int) -> list[Rows]:
-    """Split the largest micro-batches, or add empty ones, until every rank has equally many."""
-    while len(micros) % world:
-        largest = max(range(len(micros)), key=lambda i: len(micros[i]))
-        if len(micros[largest]) < 2:
-            micros.append([])
-            continue
-        half = len(micros[largest]) // 2
-        micros[largest : largest + 1] = [micros[largest][:half], micros[largest][half:]]
-    return micros
+    g: int
+    k: int
+    prompt_at: int
+    at: int
 
 
 def collate(groups: Sequence[TokenGroup], rows: Rows, layout: str, extra_padding: int = 0) -> Batch:
     """Tensors of one micro-batch. Only tokens after a row's first can be targets."""
-    sequences = [[(g, k) for g in row for k in range(len(groups[g].responses))] for row in rows]
-    if layout == "padded":
-        sequences = [[item] for row in sequences for item in row]
-    width = max(sum(groups[g].lengths[k] for g, k in row) for row in sequences) + extra_padding
-    shape = (len(sequences), width)
+    placed = _place(groups, rows, layout)
+    width = max(last.at + len(groups[last.g].responses[last.k]) for *_, last in placed) + extra_padding
+    shape = (len(placed), width)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full(shape, -1, np.int64)
-    predict: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    response: list[np.ndarray] = []
-    owner: list[int] = []
-    trained: list[int] = []
-    sizes: list[int] = []
-    chars: list[int] = []
-    for r, row in enumerate(sequences):
-        at = 0
-        for g, k in row:
+    segments, is_prompt = np.full(shape, -1, np.int64), np.zeros(shape, bool)
+    parts: dict[str, list[Any]] = {name: [] for name in ("predict", "targets", "at", "response", "last", "trained")}
+    owner: list[tuple[int, int]] = []
+    for r, row in enumerate(placed):
+        end = 0
+        for g, k, prompt_at, at in row:
             group, number = groups[g], len(owner)
-            tokens = np.array(group.prompt + group.responses[k])
-            stop = at + len(tokens)
-            ids[r, at:stop], positions[r, at:stop], segments[r, at:stop] = tokens, np.arange(len(tokens)), number
-            chosen = np.flatnonzero(group.masks[k]) + len(group.prompt)
-            assert not len(chosen) or chosen[0] > 0, "a sequence's first token has nothing to be predicted from"
-            predict.append(r * width + at + chosen - 1)
-            targets.append(tokens[chosen])
-            response.append(np.full(len(chosen), number))
-            owner.append(g)
-            trained.append(len(chosen))
-            sizes.append(group.bytes[k])
-            chars.append(group.chars[k])
-            at = stop
+            first, tokens = len(group.prompt), np.array(group.responses[k])
+            if not (layout == "shared" and k):
+                there = slice(prompt_at, prompt_at + first)
+                ids[r, there], positions[r, there], segments[r, there] = group.prompt, np.arange(first), number
+                is_prompt[r, there] = True
+            end = at + len(tokens)
+            ids[r, at:end], segments[r, at:end] = tokens, number
+            positions[r, at:end] = first + np.arange(len(tokens))
+            chosen = np.flatnonzero(group.masks[k])
+            assert first or 0 not in chosen, "a sequence's first token has nothing to be predicted from"
+            before = np.where(chosen == 0, prompt_at + first - 1, at + chosen - 1)
+            parts["predict"].append(r * width + before)
+            parts["targets"].append(tokens[chosen])
+            parts["at"].append(r * width + at + chosen)
+            parts["response"].append(np.full(len(chosen), number))
+            parts["last"].append([r * width + end - 1])
+            parts["trained"].append([len(chosen)])
+            owner.append((g, k))
         if layout == "padded":
-            positions[r, at:] = np.arange(at, width)
-    used = sorted(set(owner))
-    rank = {g: i for i, g in enumerate(used)}
+            positions[r, end:] = np.arange(end, width)
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate(part).astype(np.int64)) for name, part in parts.items()
+    }
+    tensors["trained_per_response"] = tensors.pop("trained")
     return Batch(
         layout=layout,
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         segments=torch.from_numpy(segments),
-        predict=torch.from_numpy(np.concatenate(predict)),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        response=torch.from_numpy(np.concatenate(response)),
-        group=torch.tensor([rank[g] for g in owner]),
-        trained_per_response=torch.tensor(trained),
-        ids=[groups[g].id for g in used],
-        clusters=[groups[g].cluster for g in used],
-        bytes=np.array(sizes, dtype=np.float64),
-        chars=np.array(chars, dtype=np.float64),
+        is_prompt=torch.from_numpy(is_prompt) if layout == "shared" else None,
+        **tensors,
+        **_facts(groups, owner),
     )
+
+
+def _place(groups: Sequence[TokenGroup], rows: Rows, layout: str) -> list[list[Placed]]:
+    """The responses of each tensor row, in its order."""
+    if layout == "padded":
+        return [[Placed(g, k, 0, len(groups[g].prompt))] for row in rows for g in row for k in range(groups[g].count)]
+    placed = []
+    for row in rows:
+        items, column = [], 0
+        for g in row:
+            prompt_at = column
+            for k, response in enumerate(groups[g].responses):
+                if k == 0 or layout == "packed":
+                    prompt_at, column = column, column + len(groups[g].prompt)
+                items.append(Placed(g, k, prompt_at, column))
+                column += len(response)
+        placed.append(items)
+    return placed
+
+
+def _facts(groups: Sequence[TokenGroup], owner: list[tuple[int, int]]) -> dict[str, Any]:
+    """What is known of the Groups in a batch and of their responses; owner: (Group, k) of each response."""
+    used = sorted({g for g, _ in owner})
+    rank = {g: i for i, g in enumerate(used)}
+
+    def each(name: str) -> Tensor:
+        """[responses], NaN where a Group has none."""
+        values = [getattr(groups[g], name) for g, _ in owner]
+        return torch.tensor([v[k] if v else float("nan") for v, (_, k) in zip(values, owner, strict=True)]).double()
+
+    margins = [groups[g].margin for g in used]
+    return {
+        "group": torch.tensor([rank[g] for g, _ in owner]),
+        "ids": [groups[g].id for g in used],
+        "clusters": [groups[g].cluster for g in used],
+        "bytes": np.array([groups[g].bytes[k] for g, k in owner], dtype=np.float64),
+        "chars": np.array([groups[g].chars[k] for g, k in owner], dtype=np.float64),
+        **{name: each(name) for name in ("rewards", "standings", "target_probs", "sampler_logprobs")},
+        "margin": torch.tensor([float("nan") if m is None else m for m in margins], dtype=torch.float64),
+        "reference": _reference(groups, owner),
+    }
+
+
+def _reference(groups: Sequence[TokenGroup], owner: list[tuple[int, int]]) -> Tensor | None:
+    """[N], the Groups' reference log-probs in the batch's order of targets."""
+    if any(groups[g].reference is None for g, _ in owner):
+        return None
+    return torch.from_numpy(np.concatenate([groups[g].reference_of(k) for g, k in owner]).astype(np.float32))

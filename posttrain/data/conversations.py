@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.group import Group, Text
-from posttrain.data.template import Rendered, Template, conversation
+from posttrain.data.template import Rendered, Template, as_messages, conversation
 from posttrain.errors import DataError
 
 Ids = dict[str, list[int]]
@@ -59,13 +59,14 @@ class Example:
 def examples(template: Template, group: Group) -> list[Example]:
     """One example, or several where the template shows an answer differently once the conversation goes on."""
     tools: Any = group.columns.get("tools")
-    views = [template.render(conversation(group, response), tools) for response in group.responses]
+    given = len(as_messages(group.prompt, "user"))
+    views = [template.render(conversation(group, response), tools, given) for response in group.responses]
     if len(views) == 1:
         return [Example(_part(group, view), [view]) for view in views[0]]
     if any(len(each) > 1 for each in views):
         raise DataError(
             "the chat template shows earlier answers differently once the conversation goes on, so they cannot be "
-            "trained together with responses that are compared; try stage.train_on=last"
+            "trained together with responses that are compared; give responses of one turn each"
         )
     return [Example(group, [each[0] for each in views])]
 

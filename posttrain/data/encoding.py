@@ -10,8 +10,10 @@ class Encoding:
     """How text becomes tokens: the part of the configuration that a cached token file depends on.
 
     template: "chat" or "none". prompt_is_target: the stage trains on every token (pretrain).
+    closes: every response ends with an end-of-turn token; one that was cut or has none gets it.
     on_too_long: "drop", "truncate", "split" or "error" for a Group longer than max_length tokens.
-    train_on: which turns of a conversation are targets: "all" or the "last" of the assistant's, or all of these roles.
+    train_on: which turns of a conversation are targets: "all" or the "last" of the assistant's, those of the "response"
+        alone, or all of these roles.
     """
 
     template: str
@@ -19,6 +21,7 @@ class Encoding:
     on_too_long: str
     train_on: str | list[str] = "all"
     prompt_is_target: bool = False
+    closes: bool = False
 
 
 @dataclass

@@ -9,10 +9,12 @@ from posttrain.data.tokens import TokenGroup
 from posttrain.errors import DataError
 
 
-def fits(group: TokenGroup, encoding: Encoding, counts: Counts, tokenizer: Any) -> bool:
-    """Apply the length policy; False drops the Group (counted)."""
+def fits(group: TokenGroup, encoding: Encoding, counts: Counts, tokenizer: Any, ends: set[int]) -> bool:
+    """Apply the length policy; False drops the Group (counted). ends: tokens that end a turn."""
+    if encoding.closes:
+        _close(group, ends, tokenizer.eos_token_id)
     longest = max(group.lengths)
-    if longest > encoding.max_length and not _shorten(group, longest, encoding, counts, tokenizer):
+    if longest > encoding.max_length and not _shorten(group, longest, encoding, counts, tokenizer, ends):
         counts.too_long += 1
         return False
     if not group.trained_tokens:
@@ -21,7 +23,9 @@ def fits(group: TokenGroup, encoding: Encoding, counts: Counts, tokenizer: Any) 
     return True
 
 
-def _shorten(group: TokenGroup, longest: int, encoding: Encoding, counts: Counts, tokenizer: Any) -> bool:
+def _shorten(
+    group: TokenGroup, longest: int, encoding: Encoding, counts: Counts, tokenizer: Any, ends: set[int]
+) -> bool:
     policy, room = encoding.on_too_long, encoding.max_length - len(group.prompt)
     if policy == "error":
         raise DataError(
@@ -35,8 +39,25 @@ def _shorten(group: TokenGroup, longest: int, encoding: Encoding, counts: Counts
     for k, (response, mask) in enumerate(zip(group.responses, group.masks, strict=True)):
         if len(response) <= room:
             continue
+        end = _closing(response, mask, ends) if encoding.closes else None
+        if end is not None:
+            response, mask = [*response[: room - 1], end], [*mask[: room - 1], True]
         group.responses[k], group.masks[k] = response[:room], mask[:room]
         kept = [token for token, target in zip(response[:room], mask[:room], strict=True) if target]
         text = tokenizer.decode(kept, skip_special_tokens=True)
         group.bytes[k], group.chars[k] = len(text.encode()), len(text)
     return True
+
+
+def _close(group: TokenGroup, ends: set[int], end: int) -> None:
+    """End every response that has no end-of-turn token with `end`."""
+    for response, mask in zip(group.responses, group.masks, strict=True):
+        if _closing(response, mask, ends) is None:
+            response.append(end)
+            mask.append(True)
+
+
+def _closing(response: list[int], mask: list[bool], ends: set[int]) -> int | None:
+    """The last of a response's targets that ends a turn."""
+    targets = [token for token, target in zip(response, mask, strict=True) if target]
+    return next((token for token in reversed(targets) if token in ends), None)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posttrain.data.batches import Batch, Packing, Rows, collate
+from posttrain.data.batches import Batch, collate
+from posttrain.data.packing import Packing, Rows
 from posttrain.data.split import mix_indices
 from posttrain.data.tokens import TokenDataset
 
@@ -119,10 +120,12 @@ class Loader:
         return count
 
     def _step(self, number: int, positions: np.ndarray) -> Step:
-        plan = self.packing.plan(self.data.longest[positions], self.world)
+        widths, heights = (of(self.packing.layout)[positions] for of in (self.data.widths, self.data.heights))
+        plan = self.packing.plan(widths, self.world, heights)
         mine = plan[self.rank :: self.world]
         micro_batches = [self._micro(positions, rows) for rows in mine]
-        trained, tokens = int(self.data.trained[positions].sum()), int(self.data.lengths[positions].sum())
+        processed = self.data.shared if self.packing.layout == "shared" else self.data.lengths
+        trained, tokens = int(self.data.trained[positions].sum()), int(processed[positions].sum())
         return Step(number, tokens, trained, micro_batches)
 
     def _micro(self, positions: np.ndarray, rows: Rows) -> Batch:
@@ -146,4 +149,5 @@ def evaluation_batches(
     if not len(data):
         return []
     positions = np.arange(len(data))
-    return [(positions, rows) for rows in packing.plan(data.longest)[rank::world]]
+    plan = packing.plan(data.widths(packing.layout), heights=data.heights(packing.layout))
+    return [(positions, rows) for rows in plan[rank::world]]

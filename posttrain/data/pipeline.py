@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from posttrain.config import DataConfig
     from posttrain.stages.base import Stage
 
-VERSION = 4
+VERSION = 5
 """Raise when the same text would become other tokens: cached files of other versions are not found."""
 
 
@@ -110,7 +110,7 @@ def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage) -> Encoding:
             "data.on_too_long=split cuts documents into windows, which only pretrain can use; try drop or truncate"
         )
     train_on = getattr(stage, "train_on", "all")
-    return Encoding(template, data.max_length, policy, train_on, stage.splits_long_documents)
+    return Encoding(template, data.max_length, policy, train_on, stage.splits_long_documents, stage.closes_responses)
 
 
 def cache_key(
@@ -138,7 +138,9 @@ def _detect(source: Source, data: DataConfig, stage: Stage) -> Detected | None:
         format = "text"
     else:
         survey = Survey().add(row for _, row in _rows(source, data))
-        found = detect_format(survey, data.format, dict(data.columns or {}), source=source.name)
+        found = detect_format(
+            survey, data.format, dict(data.columns or {}), dict(data.reward_weights or {}), source=source.name
+        )
         format = found.format
     if stage.data_formats and format not in stage.data_formats:
         name = type(stage).__module__.rpartition(".")[2]

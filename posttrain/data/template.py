@@ -56,13 +56,15 @@ class Template:
     def __init__(self, tokenizer: Any, train_on: str | list[str] = "all", say: Callable[[str], None] = print) -> None:
         self.tokenizer, self.say = tokenizer, say
         self.roles = ("assistant",) if isinstance(train_on, str) else tuple(train_on)
-        self.last_only = train_on == "last"
+        self.last_only, self.response_only = train_on == "last", train_on == "response"
         self.eos = tokenizer.eos_token or ""
         self.shows_tools = "tools" in str(tokenizer.chat_template)
         self.shown: dict[str, bool] = {"user": True, "assistant": True}
 
-    def render(self, messages: Sequence[Message], tools: Any = None) -> list[Rendered]:
+    def render(self, messages: Sequence[Message], tools: Any = None, given: int = 0) -> list[Rendered]:
         """The renderings in which every trained turn stands as the model would write it: as few as that takes.
+
+        given: how many messages are the prompt's; with train_on "response" none of them is trained.
 
         Usually one, of the whole. Built from the last turn backwards: a turn joins the rendering at hand if it stands
         there unchanged; else that is closed, and the next one ends with this turn.
@@ -70,17 +72,17 @@ class Template:
         chat, tools = [message.as_dict() for message in messages], self._tools(tools)
         view = Rendered(self._apply(chat, tools), len(chat))
         views = [view]
-        for i in reversed(self._trained(messages)):
+        for i in reversed(self._trained(messages, given)):
             answer = messages[i].role == "assistant"
-            given = self._apply(chat[:i], tools, generation_prompt=answer) if i else ""
+            before = self._apply(chat[:i], tools, generation_prompt=answer) if i else ""
             alone = view.text if i + 1 == view.messages else self._apply(chat[: i + 1], tools)
-            turn = self._place(view.text, given, alone, answer)
+            turn = self._place(view.text, before, alone, answer)
             if turn is None and alone != view.text:
                 view = Rendered(alone, i + 1)
                 views.append(view)
-                turn = self._place(alone, given, alone, answer)
+                turn = self._place(alone, before, alone, answer)
             if turn is None:
-                raise NotPrefixStable(_differs(view.text, given, i))
+                raise NotPrefixStable(_differs(view.text, before, i))
             self._check_kept(messages[i], view.text[turn.start : turn.stop])
             view.turns.insert(0, turn)
         self._check_roles(messages, chat, tools, views[0].text)
@@ -91,8 +93,10 @@ class Template:
         chat = [message.as_dict() for message in as_messages(prompt, "user")]
         return self._apply(chat, self._tools(tools), generation_prompt=True)
 
-    def _trained(self, messages: Sequence[Message]) -> list[int]:
+    def _trained(self, messages: Sequence[Message], given: int) -> list[int]:
         turns = [i for i, message in enumerate(messages) if message.role in self.roles]
+        if self.response_only:
+            return [i for i in turns if i >= given]
         chosen = set(turns[-1:] if self.last_only else turns)
         return [i for i, m in enumerate(messages) if (i in chosen if m.train is None else m.train)]
 

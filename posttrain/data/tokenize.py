@@ -45,7 +45,7 @@ class Tokenizer:
         while part := list(islice(iterator, BATCH)):
             self.counts.groups += len(part)
             for token_group in self._encode(part):
-                if fits(token_group, self.encoding, self.counts, self.tokenizer):
+                if fits(token_group, self.encoding, self.counts, self.tokenizer, self.ends | {self.eos}):
                     self.counts.kept += 1
                     yield token_group
 
@@ -174,6 +174,10 @@ class Tokenizer:
             chars=[len(text) for text in plain],
             text=as_json(group),
             rewards=list(group.rewards or ()),
+            ranks=list(group.ranks or ()),
+            target_probs=list(group.target_probs or ()),
+            sampler_logprobs=list(group.sampler_logprobs or ()),
+            margin=group.margin,
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:

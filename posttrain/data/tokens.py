@@ -21,6 +21,10 @@ FEATURES = Features(
         "bytes": List(Value("int64")),
         "chars": List(Value("int64")),
         "rewards": List(Value("float64")),
+        "ranks": List(Value("float64")),
+        "target_probs": List(Value("float64")),
+        "sampler_logprobs": List(Value("float64")),
+        "margin": Value("float64"),
         "text": Value("string"),
         "source": Value("int32"),
     }
@@ -35,6 +39,8 @@ class TokenGroup:
     bytes, chars: for each response, UTF-8 bytes and Unicode characters of the targets' text; special tokens have none.
     cluster: what is resampled together when intervals are formed (windows of one document share theirs).
     text: the text-level Group as JSON, for display and for verifying generated answers.
+    rewards, ranks, target_probs, sampler_logprobs, margin: as in the Group; an empty list where it has none.
+    reference: [trained_tokens] the reference's log-probs of the targets, response after response, once they are known.
     """
 
     id: str
@@ -46,7 +52,22 @@ class TokenGroup:
     chars: list[int]
     text: str
     rewards: list[float] = field(default_factory=list)
+    ranks: list[float] = field(default_factory=list)
+    target_probs: list[float] = field(default_factory=list)
+    sampler_logprobs: list[float] = field(default_factory=list)
+    margin: float | None = None
     source: int = 0
+    reference: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """K, its responses."""
+        return len(self.responses)
+
+    @property
+    def standings(self) -> list[float]:
+        """K numbers by which the responses order, higher is better; empty where nothing judges."""
+        return self.rewards or self.target_probs or [-rank for rank in self.ranks]
 
     @property
     def lengths(self) -> list[int]:
@@ -57,55 +78,83 @@ class TokenGroup:
     def trained_tokens(self) -> int:
         return sum(sum(mask) for mask in self.masks)
 
+    def each(self) -> list[TokenGroup]:
+        """Its responses as Groups of their own."""
+        of = [(self.responses, self.masks, self.bytes, self.chars)]
+        return [
+            TokenGroup(self.id, self.cluster, self.prompt, [r[k]], [m[k]], [b[k]], [c[k]], self.text)
+            for r, m, b, c in of
+            for k in range(self.count)
+        ]
+
+    def reference_of(self, k: int) -> np.ndarray:
+        """Of response k alone."""
+        assert self.reference is not None
+        stops = np.cumsum([0, *(sum(mask) for mask in self.masks)])
+        return self.reference[stops[k] : stops[k + 1]]
+
 
 class TokenDataset:
-    """Random access to TokenGroups in an Arrow file; the lengths needed for planning stay in memory.
+    """Random access to TokenGroups in an Arrow file; the lengths needed for planning stay in memory, [n] each.
 
-    lengths: [n] tokens of each Group in the padded layout (its responses, each with the prompt).
-    trained: [n] target tokens of each Group.
+    counts: K of each Group. lengths: its tokens in the padded layout (each response with the prompt). longest: of its
+    longest response with the prompt. shared: its tokens with the prompt once. trained: its target tokens.
+    reference: [trained.sum()] the reference's log-probs of all targets, in this dataset's order, where they are known.
     """
 
-    def __init__(self, table: Dataset, indices: np.ndarray | None = None) -> None:
-        self.table = table
-        self.indices = np.arange(len(table)) if indices is None else np.asarray(indices, dtype=np.int64)
-        self.lengths, self.longest, self.trained = self._measure()
+    def __init__(self, table: Dataset, reference: np.ndarray | None = None) -> None:
+        self.table, self.reference = table, reference
+        self.counts, self.lengths, self.longest, self.shared, self.trained = self._measure()
+        self._targets = np.concatenate([[0], np.cumsum(self.trained)])
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.table)
+
+    def with_reference(self, reference: np.ndarray) -> TokenDataset:
+        """The same Groups with the reference's log-probs of their targets."""
+        assert len(reference) == self.trained.sum()
+        return TokenDataset(self.table, reference)
 
     def groups(self, positions: Sequence[int] | np.ndarray) -> list[TokenGroup]:
         """The Groups at these positions, in this order."""
         if not len(positions):
             return []
-        columns = self.table[self.indices[np.asarray(positions)].tolist()]
+        columns = self.table[np.asarray(positions).tolist()]
         names = list(columns)
-        return [TokenGroup(**dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        found = [TokenGroup(**dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        if self.reference is not None:
+            for group, position in zip(found, positions, strict=True):
+                group.reference = self.reference[self._targets[position] : self._targets[position + 1]]
+        return found
 
     def column(self, name: str) -> list[Any]:
-        """One column, in this dataset's order."""
-        values = self.table.with_format("arrow").select_columns([name])[:][name]
-        return values.take(self.indices).to_pylist()
+        """One column."""
+        return self.table.with_format("arrow").select_columns([name])[:][name].to_pylist()
 
-    def select(self, positions: np.ndarray) -> TokenDataset:
-        return TokenDataset(self.table, self.indices[positions])
+    def widths(self, layout: str) -> np.ndarray:
+        """[n] tokens of each Group's widest tensor row in a layout."""
+        return {"padded": self.longest, "packed": self.lengths, "shared": self.shared}[layout]
 
-    def _measure(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if not len(self.table):
-            return (np.zeros(0, dtype=np.int64),) * 3
+    def heights(self, layout: str) -> np.ndarray:
+        """[n] tensor rows of each Group in a layout."""
+        return self.counts if layout == "padded" else np.ones_like(self.counts)
+
+    def _measure(self) -> tuple[np.ndarray, ...]:
         import pyarrow.compute as pc
 
-        total, longest, trained = [], [], []
-        for table in self.table.with_format("arrow").iter(batch_size=10_000):
+        found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64)] for _ in range(5)]
+        for table in self.table.with_format("arrow").iter(batch_size=10_000) if len(self.table) else ():
             prompt = pc.list_value_length(table["prompt"]).to_numpy()
             counts = pc.list_value_length(table["responses"]).to_numpy()
             per_response = pc.list_value_length(pc.list_flatten(table["responses"])).to_numpy()
             trained_each = _sums(pc.list_flatten(table["masks"]).combine_chunks())
             starts = np.r_[0, np.cumsum(counts)[:-1]]
-            total.append(np.add.reduceat(per_response, starts) + prompt * counts)
-            longest.append(np.maximum.reduceat(per_response, starts) + prompt)
-            trained.append(np.add.reduceat(trained_each, starts))
-        arrays = (np.concatenate(part).astype(np.int64)[self.indices] for part in (total, longest, trained))
-        return tuple(arrays)  # type: ignore[return-value]
+            responses = np.add.reduceat(per_response, starts)
+            longest, trained = np.maximum.reduceat(per_response, starts), np.add.reduceat(trained_each, starts)
+            measured = (counts, responses + prompt * counts, longest + prompt, responses + prompt, trained)
+            for parts, part in zip(found, measured, strict=True):
+                parts.append(part)
+        return tuple(np.concatenate(parts).astype(np.int64) for parts in found)
 
 
 def _sums(lists: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import ModelError
-from posttrain.models.policy import decoder
+from posttrain.models.decoder import text_decoder
 from posttrain.models.router import Routers
 
 if TYPE_CHECKING:
@@ -50,10 +50,13 @@ def quantization(adapter: AdapterConfig, compute_dtype: torch.dtype) -> BitsAndB
     )
 
 
-def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> tuple[nn.Module, str]:
+def add_adapter(
+    model: PreTrainedModel, adapter: AdapterConfig, seed: int, scores: bool = False
+) -> tuple[nn.Module, str]:
     """Freeze the model, put a fresh adapter in (or the trained one at adapter.path); returns it and a line that says what.
 
-    At step 0 a fresh adapter leaves the logits unchanged: B is zero.
+    At step 0 a fresh adapter leaves the logits unchanged: B is zero. scores: the model has a score layer, which trains
+    and is saved with the adapter.
     """
     if adapter.name == "qlora":
         assert_quantized(model)
@@ -73,7 +76,8 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> tu
             use_rslora=adapter.rslora,
             target_modules=targets,
             fan_in_fan_out=all(type(model.get_submodule(target)).__name__ == "Conv1D" for target in targets),
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+            modules_to_save=["score"] if scores else None,
         )
         try:
             peft_model = get_peft_model(model, config)
@@ -154,7 +158,7 @@ def _linear(model: nn.Module) -> list[str]:
     for module in model.modules():
         if hasattr(module, "A_log") and hasattr(module, "D"):
             left_out |= {getattr(module, name, None) for name in ("out_proj", "dt_proj")}
-    kept = set(decoder(network).modules()) if network else set(model.modules())
+    kept = set(text_decoder(network).modules()) if network else set(model.modules())
     names = [n for n, m in model.named_modules() if _is_linear(m) and m in kept and m not in left_out]
     return [n for n in names if not (routers and n.rpartition(".")[2] in EXPERT_NAMES)]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.models.networks import Networks
+from posttrain.models.reward import RewardModel
 
 
 def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch.dtype | None = None) -> None:
@@ -18,10 +20,17 @@ def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch
     """
     directory.mkdir(parents=True, exist_ok=True)
     network: Any = networks.module.network
-    _set_generation_config(network, networks.tokenizer, ends)
+    tokenizer = networks.tokenizer
+    if isinstance(networks.module, RewardModel):
+        tokenizer = set_padding(network, tokenizer, ends)
+    else:
+        _set_generation_config(network, tokenizer, ends)
     if networks.module.model is not network:
         networks.module.model.save_pretrained(directory, save_embedding_layers=False)
-        network.generation_config.save_pretrained(directory)
+        if network.can_generate():
+            network.generation_config.save_pretrained(directory)
+        else:  # how it pads and pools stands in the config
+            network.config.save_pretrained(directory)
     elif dtype is None or dtype == network.dtype:
         network.save_pretrained(directory)
     else:
@@ -30,7 +39,7 @@ def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch
         network.save_pretrained(directory, state_dict=state)
         network.config.dtype = trained_in
         _write_dtype(directory, dtype)
-    networks.tokenizer.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -45,6 +54,29 @@ def _write_dtype(directory: Path, dtype: torch.dtype) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def set_padding(network: Any, tokenizer: Any, ends: set[int]) -> Any:
+    """The tokenizer with a pad token that no rendered text holds, the config with its id: transformers' class scores the
+    last token that is not it, and with pad = end-of-turn would score the one before.
+
+    The tokenizer's own pad, if it is apart; else its unknown token or another special one that neither ends a turn nor
+    begins a text. Where there is none the model is saved without a pad id and scores rows one at a time.
+    """
+    taken = {*ends, tokenizer.eos_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids}
+    taken -= {tokenizer.pad_token_id, tokenizer.unk_token_id}
+    template = tokenizer.chat_template or ""
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = [i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id) if i is not None]
+    free = [i for i in [*named, *added] if i not in taken | {tokenizer.eos_token_id, *ends}]
+    free = [i for i in free if tokenizer.convert_ids_to_tokens(i) not in str(template)]
+    padded = copy.deepcopy(tokenizer)
+    pad = free[0] if free else None
+    if pad is not None:
+        padded.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    padded.padding_side = "right"
+    network.config.pad_token_id = network.config.get_text_config().pad_token_id = pad
+    return padded
 
 
 def _set_generation_config(network: Any, tokenizer: Any, ends: set[int]) -> None:

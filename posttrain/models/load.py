@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import ModelError
 from posttrain.models import embedded
+from posttrain.models.reward import zero_score
 
 if TYPE_CHECKING:
     from posttrain.config import ModelConfig
@@ -93,36 +104,71 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def load_model(
-    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, seed: int, quantization: Any = None
+    model: ModelConfig,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    quantization: Any = None,
+    scores: bool = False,
 ) -> Any:
-    """Weights in `dtype` on the CPU (or quantised), or random ones from the config for model.init=config."""
+    """Weights in `dtype` on the CPU (or quantised), or random ones from the config for model.init=config.
+
+    scores: with a score layer (zero, if the weights have none) in place of the output layer: a reward model.
+    """
+    if scores:
+        _prepare_scores(config, model)
     attention: dict[str, Any] = (
         {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
     )
     if model.init == "config":
         torch.manual_seed(seed)
         remote = {"trust_remote_code": model.trust_remote_code}
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention, **remote)
+        network = _auto(scores).from_config(config, dtype=dtype, **attention, **remote)
+        if scores:
+            zero_score(network)
     else:
-        network = _load_weights(model, config, dtype, attention, quantization)
+        network = _load_weights(model, config, dtype, attention, quantization, scores)
     if not quantization:
         _own_memory(network)
     return network
 
 
+def _auto(scores: bool) -> Any:
+    return AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+
+
+def _prepare_scores(config: PreTrainedConfig, model: ModelConfig) -> None:
+    """One label; refuses architectures that the library gives no sequence classifier."""
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ModelError(
+            f"{model.path} is a {config.model_type} model, which transformers has no sequence classifier for, and so no "
+            "reward model that others could load; use another family (llama, qwen, mistral, gemma, gpt2, ...)"
+        )
+    if config.num_labels != 1:
+        config.num_labels = 1
+
+
 def _load_weights(
-    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, attention: dict[str, Any], quantization: Any
+    model: ModelConfig,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: dict[str, Any],
+    quantization: Any,
+    scores: bool,
 ) -> Any:
     path = resolve_path(model.path)
     extra = {"quantization_config": quantization} if quantization else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto(scores).from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, **attention, **extra, **_source(model)
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(_cannot_read(model, "weights", error)) from error
     network, info = loaded
     missing = sorted(info.get("missing_keys", ()))
+    if scores and missing == ["score.weight"]:
+        missing = []
+        zero_score(network)
     if missing:
         raise ModelError(
             f"{model.path} lacks {len(missing)} of the weights its config asks for (first: {', '.join(missing[:3])}); "

@@ -4,7 +4,7 @@ Two ways through the same chunk arithmetic:
 
 - `weighted_nll`: the caller knows each token's weight before the forward pass (pretrain, sft), so the objective
   Σ_t w_t · nll_t and its gradient are both formed chunk by chunk in the forward pass; backward multiplies by a scalar.
-- `token_logprobs`: log π(y_t | ...) per token, differentiable with any weights; backward recomputes each chunk's logits.
+- `token_logprobs` (token_logprobs.py): log π(y_t | ...) per token, for weights known only afterwards.
 
 Products run in the autocast dtype where autocast is on, everything after the logits in fp32.
 """
@@ -83,26 +83,12 @@ def weighted_nll(
         return _WeightedNLL.apply(hidden, head.weight, head.bias, targets, weights, transform, smoothing)
     objective, logprobs = hidden.new_zeros((), dtype=torch.float32), []
     for part in chunks(len(targets), head_size(head)):
-        z = _checkpointed(_logits, hidden[part], head, transform)
+        z = checkpointed(logits_of, hidden[part], head, transform)
         logprob = z.gather(-1, targets[part, None]).squeeze(-1) - z.logsumexp(-1)
         uniform = z.mean(-1) - z.logsumexp(-1) if smoothing else 0.0
         objective = objective - (weights[part] * ((1 - smoothing) * logprob + smoothing * uniform)).sum()
         logprobs.append(logprob.detach())
     return objective, torch.cat(logprobs)
-
-
-def token_logprobs(hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform | None = None) -> Tensor:
-    """log π(target) in nats, [N] fp32, differentiable in hidden [N, H] and the head; logits are recomputed in backward."""
-    transform = transform or LogitTransform()
-
-    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> Tensor:
-        z = _logits(hidden, head, transform)
-        return z.gather(-1, targets[:, None]).squeeze(-1) - z.logsumexp(-1)
-
-    parts = [
-        _checkpointed(chunk_logprobs, hidden[part], targets[part]) for part in chunks(len(targets), head_size(head))
-    ]
-    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -113,7 +99,7 @@ def token_statistics(
     transform = transform or LogitTransform()
     columns: list[tuple[Tensor, ...]] = []
     for part in chunks(len(targets), head_size(head)):
-        z = _logits(hidden[part], head, transform)
+        z = logits_of(hidden[part], head, transform)
         lse = z.logsumexp(-1)
         top, index = z.max(-1)
         chosen = z.gather(-1, targets[part, None]).squeeze(-1)
@@ -137,7 +123,7 @@ def head_size(head: nn.Module) -> int:
     return int(getattr(head, "out_features", weight.shape[0]))
 
 
-def _logits(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
+def logits_of(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Tensor:
     """[n, V] fp32."""
     weight = getattr(head, "weight", None)
     if weight is not None and weight.is_floating_point() and not torch.is_autocast_enabled(hidden.device.type):
@@ -145,7 +131,7 @@ def _logits(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Tenso
     return transform(head(hidden).float())
 
 
-def _checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*inputs)
     result = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -170,7 +156,7 @@ class _WeightedNLL(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            grads = _Grads(ctx.needs_input_grad, hidden, weight, bias)
+            grads = Grads(ctx.needs_input_grad, hidden, weight, bias)
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             objective = hidden.new_zeros((), dtype=torch.float32)
             logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
@@ -178,7 +164,7 @@ class _WeightedNLL(torch.autograd.Function):
                 h = hidden[part].to(dtype)
                 z = transform(F.linear(h, w, b).float())
                 with_grad, capped = any(ctx.needs_input_grad), transform.softcap is not None
-                logprob, loss, grad = _chunk(z, targets[part], weights[part], smoothing, with_grad, keep_logits=capped)
+                logprob, loss, grad = chunk(z, targets[part], weights[part], smoothing, with_grad, keep_logits=capped)
                 logprobs[part] = logprob
                 objective += loss
                 if grad is not None:
@@ -193,7 +179,7 @@ class _WeightedNLL(torch.autograd.Function):
         return hidden, weight, bias, None, None, None, None
 
 
-class _Grads:
+class Grads:
     """Accumulates the gradients that are asked for: hidden in its own dtype, weight and bias in theirs."""
 
     def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -217,7 +203,7 @@ class _Grads:
         return self.hidden, self.weight, self.bias
 
 
-def _chunk(
+def chunk(
     z: Tensor, targets: Tensor, weights: Tensor, smoothing: float, with_grad: bool, keep_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs [n], loss (scalar) and ∂loss/∂z [n, V] of one chunk of logits z [n, V].

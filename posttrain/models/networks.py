@@ -9,22 +9,33 @@ import torch
 
 from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
+from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.load import load_config, load_model
-from posttrain.models.policy import Policy, decoder
+from posttrain.models.policy import Policy
+from posttrain.models.reward import Pooling, RewardModel
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, ModelConfig
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a reward model has in place of the output layer; see models/reward.py."""
+
+    pooling: Pooling
+    ends: frozenset[int]
+
+
 @dataclass
 class Networks:
-    """policy: what stages call (wrapped for the ranks). module: the bare Policy inside. tokenizer: its own.
+    """policy: what stages call (wrapped for the ranks). module: the bare one inside, a Policy or a RewardModel.
+    tokenizer: its own.
 
     adapter: a line about it. source_dtype: what the final weights are saved in; None keeps the training dtype.
     """
 
     policy: Any
-    module: Policy
+    module: Any
     tokenizer: Any
     adapter: str = "none"
     source_dtype: torch.dtype | None = None
@@ -38,17 +49,22 @@ class Networks:
         self.policy.train(mode)
 
 
-def build_policy(
-    model: ModelConfig, adapter: AdapterConfig, compute_dtype: torch.dtype, seed: int, checkpointing: bool
-) -> tuple[Policy, str]:
-    """The policy on the CPU and a line about its adapter.
+def build_network(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    compute_dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool = False,
+    head: Head | None = None,
+) -> tuple[Decoder, str]:
+    """The network on the CPU and a line about its adapter: a policy, or with `head` a reward model.
 
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
     """
     config = load_config(model)
     frozen = adapter.name != "none"
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
-    network: Any = load_model(model, config, dtype, seed, quantization(adapter, compute_dtype))
+    network: Any = load_model(model, config, dtype, seed, quantization(adapter, compute_dtype), scores=head is not None)
     described = "none"
     _freeze_towers(network)
     if checkpointing:
@@ -60,14 +76,14 @@ def build_policy(
                 f"the {config.model_type} architecture cannot recompute activations; set train.gradient_checkpointing=false"
             ) from error
     if frozen:
-        network, described = add_adapter(network, adapter, seed)
-    return Policy(network), described
+        network, described = add_adapter(network, adapter, seed, scores=head is not None)
+    return (Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)), described
 
 
 def _freeze_towers(network: Any) -> None:
     """A model that also reads images or sound: text never reaches those parts, so they neither train nor decay."""
-    reached = {*decoder(network).parameters(), *network.get_input_embeddings().parameters()}
-    head = network.get_output_embeddings()
+    reached = {*text_decoder(network).parameters(), *network.get_input_embeddings().parameters()}
+    head = network.get_output_embeddings() or getattr(network, "score", None)
     reached |= set(head.parameters()) if head is not None else set()
     for parameter in network.parameters():
         if parameter not in reached:

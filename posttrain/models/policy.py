@@ -1,24 +1,20 @@
-"""The wrapped policy: a Batch in, numbers per trained token out. The one log-prob function of every stage.
-
-Everything differentiable happens inside this module's forward, because distributed wrappers hook onto it: calling the
-backbone and the output layer apart would escape their gradient synchronisation without an error.
-"""
+"""The wrapped policy: a Batch in, numbers per trained token out. The one log-prob function of every stage."""
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
-from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_logprobs, token_statistics, weighted_nll
+from posttrain.models.decoder import Decoder, text_config
+from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_statistics, weighted_nll
 from posttrain.models.router import Router, Routers
+from posttrain.models.token_logprobs import token_logprobs
 
 
 @dataclass
@@ -35,34 +31,14 @@ class Scores:
     router: Router | None = None
 
 
-class Policy(nn.Module):
-    """A causal language model, possibly inside a peft adapter, that reads Batches."""
+class Policy(Decoder):
+    """A causal language model."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        network = self.network
-        self.transform = logit_transform(text_config(network))
-        self.accepts_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        super().__init__(model)
+        self.transform = logit_transform(text_config(self.network))
         self.routers = Routers(self.backbone)
         self.is_mixture = bool(self.routers)
-
-    @property
-    def network(self) -> PreTrainedModel:
-        """The transformers model itself, adapters inside its modules."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    @property
-    def backbone(self) -> nn.Module:
-        """Everything before the output layer."""
-        network: Any = self.network
-        below: Any = getattr(network, network.base_model_prefix, None)
-        below = decoder(network) if below is None else below
-        if below is network:
-            raise ModelError(
-                f"the {network.config.model_type} architecture has no separate decoder below its output layer"
-            )
-        return below
 
     @property
     def head(self) -> nn.Module:
@@ -98,30 +74,6 @@ class Policy(nn.Module):
         if seen:
             scores.router = self.routers.balance(seen, batch, text_config(self.network))
         return scores
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """The backbone's last states, [R, L, H]. No attention mask: rows are causal and padded on the right, and restarted
-        positions make packed rows block-diagonal in the library's own mask (only without a cache and without a mask)."""
-        arguments: dict[str, Any] = {"use_cache": False}
-        if self.accepts_positions:
-            arguments["position_ids"] = batch.position_ids
-        elif batch.layout != "padded":
-            raise ModelError(f"{self.network.config.model_type} takes no positions; use batch.layout=padded")
-        output = self.backbone(input_ids=batch.input_ids, return_dict=True, **arguments)
-        return output.last_hidden_state
-
-
-def decoder(network: Any) -> nn.Module:
-    """The text decoder: below the output layer, and beside the towers of a model that also reads images or sound."""
-    found = network.get_decoder()
-    if found is network and isinstance(getattr(network, "model", None), nn.Module):
-        return network.model  # llama4 names it otherwise than its prefix says
-    return found
-
-
-def text_config(network: PreTrainedModel) -> Any:
-    """The decoder's own config, where the model also reads images or sound."""
-    return network.config.get_text_config(decoder=True)
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -18,7 +18,8 @@ from torch import Tensor
 from posttrain.data.batches import Batch, collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
-from posttrain.models.policy import Policy, text_config
+from posttrain.models.decoder import Decoder, text_config
+from posttrain.models.reward import RewardModel
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 0.1
@@ -34,7 +35,7 @@ NO_TRAINING = "posttrain cannot train this architecture"
 
 
 @torch.no_grad()
-def check_forward(policy: Policy, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
+def check_forward(policy: Decoder, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
     """Differences in nats found; ModelError above the tolerance. groups: two or more real examples."""
     policy.eval()
     matmul, tf32 = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
@@ -45,7 +46,7 @@ def check_forward(policy: Policy, groups: list[TokenGroup], layout: str, device:
         matmul.allow_tf32 = tf32
 
 
-def _check(policy: Policy, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
+def _check(policy: Decoder, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
     kind = policy.network.config.model_type
     exact = next(policy.backbone.parameters()).dtype == torch.float32
     tolerance, leak_tolerance = (TOLERANCE, LEAK_TOLERANCE) if exact else (HALF_TOLERANCE, HALF_LEAK_TOLERANCE)
@@ -54,22 +55,22 @@ def _check(policy: Policy, groups: list[TokenGroup], layout: str, device: torch.
     found = {"output_layer": _output_layer(policy, groups[:2], device, exact)}
     if not found["output_layer"] <= tolerance:
         raise ModelError(
-            f"{kind}: log-probs from the chunked output layer differ from the model's own logits by "
-            f"{found['output_layer']:.2g} nats; this architecture does something to its logits that posttrain does not know"
+            f"{kind}: numbers from our output layer differ from the model's own by {found['output_layer']:.2g}; this "
+            "architecture does something to its logits that posttrain does not know"
         )
-    found["padded"] = _difference(policy(padded, statistics=True).logprobs, alone, exact)
+    found["padded"] = _difference(_numbers(policy, padded), alone, exact)
     looks = _leak(policy, padded, padded.segments < 0) if bool((padded.segments < 0).any()) else 0.0
     if not found["padded"] <= tolerance or not looks <= leak_tolerance:
         raise ModelError(
             f"{kind}: an example's log-probs depend on the padding and the examples beside it (by {found['padded']:.2g} "
             f"nats, its hidden states by {looks:.2g} of their size); {NO_TRAINING}"
         )
-    if layout == "packed":
-        found["packed"], leak = _packed(policy, groups, alone, device, exact)
-        if not found["packed"] <= tolerance or not leak <= leak_tolerance:
+    if layout != "padded":
+        found[layout], leak = _together(policy, groups, layout, alone, device, exact)
+        if not found[layout] <= tolerance or not leak <= leak_tolerance:
             raise ModelError(
-                f"batch.layout=packed: {kind} lets packed examples see each other (log-probs differ by "
-                f"{found['packed']:.2g} nats, hidden states by {leak:.2g} of their size); use batch.layout=padded"
+                f"batch.layout={layout}: {kind} lets examples that share a row see each other, or less than alone (numbers "
+                f"differ by {found[layout]:.2g}, hidden states by {leak:.2g} of their size); use batch.layout=padded"
             )
     return found
 
@@ -79,35 +80,51 @@ def _batch(groups: list[TokenGroup], layout: str, device: torch.device) -> Batch
     return collate(groups, [whole] if layout == "packed" else [[i] for i in whole], layout).to(device)
 
 
-def _alone(policy: Policy, groups: list[TokenGroup], device: torch.device) -> Tensor:
-    """Log-probs with nothing beside an example: no padding, no other row. [N]"""
-    ones = [collate([group], [[0]], "padded") for group in groups]
-    return torch.cat([policy(one.to(device), statistics=True).logprobs for one in ones])
+def _numbers(policy: Decoder, batch: Batch) -> Tensor:
+    """What the run reads off a forward pass: [N] log-probs of a policy, [responses] scores of a reward model."""
+    found = policy(batch)
+    return found if isinstance(found, Tensor) else found.logprobs
 
 
-def _output_layer(policy: Policy, groups: list[TokenGroup], device: torch.device, exact: bool) -> float:
-    """Against the model's own (R, L, V) logits; for a handful of short rows only."""
+def _alone(policy: Decoder, groups: list[TokenGroup], device: torch.device) -> Tensor:
+    """The numbers with nothing beside a response: no padding, no other row. [N] or [responses]"""
+    ones = [collate([one], [[0]], "padded") for group in groups for one in group.each()]
+    return torch.cat([_numbers(policy, one.to(device)) for one in ones])
+
+
+def _output_layer(policy: Decoder, groups: list[TokenGroup], device: torch.device, exact: bool) -> float:
+    """Against the model's own (R, L, V) logits, or its own scores; for a handful of short rows only."""
+    if isinstance(policy, RewardModel):
+        if policy.pooling != "last":
+            return 0.0  # the library has no such score to compare with
+        rows = [[group.prompt + response] for group in groups for response in group.responses]
+        own = [policy.model(input_ids=torch.tensor(row, device=device), use_cache=False).logits for row in rows]
+        return _difference(_alone(policy, groups, device), torch.cat(own).squeeze(-1).float(), exact)
     batch = _batch(groups, "padded", device)
     logits = policy.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.predict].float()
     own = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
-    return _difference(policy(batch, statistics=True).logprobs, own, exact)
+    return _difference(_numbers(policy, batch), own, exact)
 
 
-def _packed(
-    policy: Policy, groups: list[TokenGroup], alone: Tensor, device: torch.device, exact: bool
+def _together(
+    policy: Decoder, groups: list[TokenGroup], layout: str, alone: Tensor, device: torch.device, exact: bool
 ) -> tuple[float, float]:
-    packed = _batch(groups, "packed", device)
+    batch = _batch(groups, layout, device)
+    first = batch.segments == 0
+    if batch.is_prompt is not None:
+        first &= ~batch.is_prompt  # its prompt is the other responses' too
     try:
-        together = policy(packed, statistics=True).logprobs
+        return _difference(_numbers(policy, batch), alone, exact), _leak(policy, batch, first)
     except ModelError as error:
-        raise ModelError(f"batch.layout=packed: {error}") from error
+        raise ModelError(f"batch.layout={layout}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         kind = policy.network.config.model_type
-        raise ModelError(f"batch.layout=packed does not work with {kind}: {error}; use batch.layout=padded") from error
-    return _difference(together, alone, exact), _leak(policy, packed, packed.segments == 0)
+        raise ModelError(
+            f"batch.layout={layout} does not work with {kind}: {error}; use batch.layout=padded"
+        ) from error
 
 
-def _leak(policy: Policy, batch: Batch, changed: Tensor) -> float:
+def _leak(policy: Decoder, batch: Batch, changed: Tensor) -> float:
     """How far other tokens in the `changed` positions [R, L] move the hidden states of the rest, relative to their size."""
     network: Any = policy.network
     rows = network.get_input_embeddings().weight.shape[0]

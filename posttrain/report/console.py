@@ -85,9 +85,25 @@ class Console:
 
 
 def decoded(group: TokenGroup, tokenizer: Any, colour: bool) -> Text:
-    """The first response with its prompt, cut in the middle where it is long."""
-    ids = group.prompt + group.responses[0]
-    targets = [False] * len(group.prompt) + group.masks[0]
+    """The prompt and its responses, each on a line of its own where there are several; cut in the middle where they are
+    long."""
+    text = _marked(group.prompt + group.responses[0], [False] * len(group.prompt) + group.masks[0], tokenizer, colour)
+    if group.count == 1:
+        return text
+    text = _marked(group.prompt, [False] * len(group.prompt), tokenizer, colour)
+    for k, (response, mask) in enumerate(zip(group.responses, group.masks, strict=True)):
+        judged = f"{_judged(group)} {group.standings[k]:g}" if group.standings else f"response {k + 1}"
+        text.append(f"\n  [{judged.replace('rank -', 'rank ')}] ").append_text(
+            _marked(response, mask, tokenizer, colour)
+        )
+    return text
+
+
+def _judged(group: TokenGroup) -> str:
+    return "reward" if group.rewards else "preferred with" if group.target_probs else "rank"
+
+
+def _marked(ids: list[int], targets: list[bool], tokenizer: Any, colour: bool) -> Text:
     text = Text()
     for piece, target in _runs(ids, targets, tokenizer):
         shown = (

@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from posttrain.session import Session
     from posttrain.summary import Summary
 
-SHOWN = ("accuracy", "nll", "perplexity", "bits_per_byte", "token_accuracy", "ece", "brier")
+SHOWN = (
+    "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "reward", "nll", "nll_best", "nll_worst", "perplexity",
+    "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece", "brier", "temperature",
+)  # fmt: skip
 """Metrics of the final table, in its order; metrics.jsonl has all."""
+
+IN_A_LINE = ("accuracy", "pair_accuracy", "reward", "nll", "perplexity", "token_accuracy", "kl", "ece")
+"""Metrics of the line that each evaluation gets."""
+
+NEITHER = {"kl", "margin", "reward_chosen", "reward_rejected", "nll_worst", "temperature"}
+"""Metrics that are not better for being higher or lower."""
 
 SHOWN_SAMPLES = 3
 
@@ -45,21 +54,26 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     epochs = f" ({drawn / len(loader.data):.2g} epochs)" if drawn else ""
     where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
     dtype = str(module.network.dtype).removeprefix("torch.")
+    layout = loader.packing.layout
+    processed = int((prepared.train.shared if layout == "shared" else prepared.train.lengths).sum())
+    saved = f" ({processed / prepared.train.lengths.sum():.0%} of padded's tokens)" if layout == "shared" else ""
+    reference = cfg.model.reference or "the policy as it starts"
     return [
         ("model", f"{cfg.model.path}: {module.network.config.model_type}, {total:,} parameters in {dtype}"),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {session.networks.adapter}"),
         ("data", f"{len(prepared.train):,} training, {len(prepared.eval):,} evaluation examples"),
         (
             "tokens",
-            f"{int(prepared.train.lengths.sum()):,} an epoch, {int(prepared.train.trained.sum()):,} of them trained",
+            f"{processed:,} an epoch, {int(prepared.train.trained.sum()):,} of them trained",
         ),
         (
             "steps",
-            f"{session.steps:,} of {size}{epochs}, {loader.packing.layout}, <= {loader.packing.micro_tokens:,} tokens a forward",
+            f"{session.steps:,} of {size}{epochs}, {layout}{saved}, <= {loader.packing.micro_tokens:,} tokens a forward",
         ),
         ("optimizer", f"{cfg.optim.name}, lr {cfg.optim.lr:g} {cfg.schedule.name}, seed {cfg.train.seed}"),
         ("device", session.runtime.describe()),
         ("checked", ", ".join(f"{k} agrees to {v:.0e}" for k, v in session.probe.items())),
+        *([("reference", f"{reference}: log-probs computed once")] if session.state.reference else []),
         ("stops at", ", ".join(repr(session.networks.tokenizer.decode([i])) for i in sorted(session.ends))),
         ("run", where),
     ]
@@ -102,15 +116,18 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
         console.line(
             f"model/ holds the last step's weights; the best evaluation's are in {summary.best_checkpoint}/model"
         )
-    console.facts("next", next_commands(summary))
+    console.facts("next", next_commands(summary, session.cfg.stage.generates))
 
 
-def next_commands(summary: Summary) -> list[tuple[str, str]]:
+def next_commands(summary: Summary, talks: bool) -> list[tuple[str, str]]:
     """What a user may want to type now."""
     run = summary.run_dir
+    use = ("talk to it", f"posttrain chat {run}")
+    if not talks:
+        use = ("load it", f"AutoModelForSequenceClassification.from_pretrained('{run}/model')")
     return [
-        ("talk to it", f"posttrain chat {run}"),
-        ("its files", f"{run}/model (weights), metrics.jsonl, samples.jsonl, summary.json"),
+        use,
+        ("its files", f"{run}/model (weights), metrics.jsonl, {'samples.jsonl, ' if talks else ''}summary.json"),
         ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps} run.dir={run}-longer"),
     ]
 
@@ -132,7 +149,13 @@ def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] 
     told = (
         "–" if change is None else f"{_signed(change['value'])} [{_signed(change['low'])}, {_signed(change['high'])}]"
     )
-    return [name, interval(_plain(first, name)), interval(_plain(last, name)), told, _verdict(change)]
+    said = "" if name in NEITHER or _claims_nothing(name, first) else _verdict(change)
+    return [name, interval(_plain(first, name)), interval(_plain(last, name)), told, said]
+
+
+def _claims_nothing(name: str, first: Evaluation) -> bool:
+    """A model that prefers neither response of any pair is never wrong about its confidence: nothing to be worse than."""
+    return name == "ece" and first.value("ece") == 0.0 and first.value("pair_accuracy") == 0.5
 
 
 def _verdict(change: dict[str, Any] | None) -> str:
@@ -149,7 +172,7 @@ def _plain(evaluation: Evaluation, name: str) -> Any:
 
 
 def _scores(evaluation: Evaluation) -> str:
-    names = [name for name in ("accuracy", "nll", "perplexity", "token_accuracy", "ece") if name in evaluation.metrics]
+    names = [name for name in IN_A_LINE if name in evaluation.metrics]
     return "  ".join(f"{name} {interval(_plain(evaluation, name))}" for name in names)
 
 

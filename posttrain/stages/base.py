@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from posttrain.data.batches import Batch
     from posttrain.data.group import Group
     from posttrain.data.loader import Step
-    from posttrain.models.networks import Networks
+    from posttrain.models.networks import Head, Networks
 
 Records = dict[str, np.ndarray]
 
@@ -47,6 +47,10 @@ class Stage:
 
     data_formats: ClassVar[tuple[str, ...]] = ()
     splits_long_documents: ClassVar[bool] = False
+    generates: ClassVar[bool] = True
+    """Whether its model writes answers, so that evaluation can ask for some."""
+    watches: ClassVar[str] = "nll"
+    """The metric by which best-so-far and early stopping judge; stats.LOWER_IS_BETTER says in which direction."""
 
     def check(self) -> None:
         """Raise ConfigError for settings that cannot go together. Ranges and choices stand in the fields' metadata."""
@@ -54,6 +58,22 @@ class Stage:
     def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterable[Group]:
         """The Groups this stage trains on; by default the data's own. notes: what to tell the user → how often."""
         return groups
+
+    def needs_reference(self, sampler_known: bool) -> str:
+        """Whether the reference's log-probs are wanted: "never", for "evaluation" alone, or "always".
+
+        sampler_known: the data has the log-probs under the model that sampled its responses.
+        """
+        return "never"
+
+    def head(self, ends: set[int]) -> Head | None:
+        """What a reward model has in place of the output layer; None for a policy. ends: tokens that end a turn."""
+        return None
+
+    @property
+    def closes_responses(self) -> bool:
+        """Whether every response must end with an end-of-turn token, one that was cut or lacks it included."""
+        return False
 
     def batches(self, networks: Networks, steps: Iterable[Step]) -> Iterable[Step]:
         """Where batches come from; by default the data's own steps. A stage that samples yields its own."""
@@ -72,7 +92,7 @@ class Stage:
         raise NotImplementedError
 
     def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
-        """Per-response evaluation records: column name → fp64 array with `batch.responses` rows."""
+        """Evaluation records: column name → fp64 array with a row for each of the batch's Groups."""
         raise NotImplementedError
 
 
@@ -96,7 +116,7 @@ def find(name: str) -> type[Stage]:
 
 
 GROUP = "posttrain.stages"
-NOT_STAGES = {"base", "likelihood"}
+NOT_STAGES = {"base", "likelihood", "preferences"}
 
 
 def _is_stage(value: Any) -> bool:

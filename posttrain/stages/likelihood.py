@@ -60,21 +60,22 @@ class Likelihood(Stage):
 
 
 def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Records:
-    """Sums over each response's target tokens, fp64: the columns of an evaluation record, [responses] or [responses, bins].
+    """Sums over each Group's target tokens, fp64: the columns of an evaluation record, [groups] or [groups, bins].
 
     Calibration: confidence is the largest probability, correct is whether it fell on the target.
     """
     assert statistics.confidence is not None
     assert statistics.top1_hit is not None
-    response, count = batch.response.cpu().numpy(), batch.responses
+    group = batch.group.cpu().numpy()
+    owner, count = group[batch.response.cpu().numpy()], len(batch.ids)
     logprob = statistics.logprob.double().cpu().numpy()
     confidence = statistics.confidence.double().cpu().numpy()
     hit = statistics.top1_hit.double().cpu().numpy()
     edges = bin_edges(bins, 0.0, 1.0)
-    where = response * bins + np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    where = owner * bins + np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
 
     def total(values: np.ndarray | None) -> np.ndarray:
-        return np.bincount(response, values, count).astype(np.float64)
+        return np.bincount(owner, values, count).astype(np.float64)
 
     def binned(values: np.ndarray | None) -> np.ndarray:
         return np.bincount(where, values, count * bins).astype(np.float64).reshape(count, bins)
@@ -82,8 +83,8 @@ def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Recor
     return {
         "nll_sum": total(-logprob),
         "tokens": total(None),
-        "bytes": batch.bytes.astype(np.float64),
-        "chars": batch.chars.astype(np.float64),
+        "bytes": np.bincount(group, batch.bytes, count),
+        "chars": np.bincount(group, batch.chars, count),
         "correct": total(hit),
         "brier_sum": total((confidence - hit) ** 2),
         "bin_count": binned(None),

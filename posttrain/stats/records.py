@@ -6,6 +6,8 @@ Columns, fp64, one row an example (a document, or one window of it):
     correct                                  tokens whose argmax is the label
     brier_sum                                Σ (confidence - correct)²
     bin_count, bin_confidence, bin_correct   [D, B]: items, Σ confidence, Σ correct in each calibration bin
+    X_sum, X_count                           a score X of its own: pair_accuracy, margin, kl ... (nll of pairs, not tokens)
+    grid_logsumexp, grid_slope, grid_label   what a temperature is fitted to, on temperature_grid() (temperature_grid.py)
     anything else                            a number an example, reported as its mean: accuracy, reward ...
 
 A score appears where its columns do. All scores of a call come from the same resamples.
@@ -24,6 +26,7 @@ from posttrain.stats.intervals import clustered_wilson
 from posttrain.stats.scores import estimate, exponentiated
 from posttrain.stats.table import (
     GAP,
+    GRID,
     RATIOS,
     ROWS,
     Columns,
@@ -31,13 +34,25 @@ from posttrain.stats.table import (
     calibration_sums,
     gather,
     has_bins,
+    has_grid,
     is_proportion,
     length,
     resample,
     score_of,
 )
+from posttrain.stats.temperature_grid import fit_temperature_on_grid, temperature_grid
 
-LOWER_IS_BETTER = {"nll", "perplexity", "bits_per_token", "bits_per_byte", "bits_per_char", "brier", "ece", "kl"}
+LOWER_IS_BETTER = {
+    "nll",
+    "perplexity",
+    "bits_per_token",
+    "bits_per_byte",
+    "bits_per_char",
+    "brier",
+    "ece",
+    "kl",
+    "nll_best",
+}
 COMPARED = {"nll", "perplexity", "bits_per_byte", "token_accuracy", "brier"}
 
 
@@ -62,7 +77,8 @@ def summarise(
     rows = gather(columns, ids, clusters, bins)
     (drawn,) = resample([rows], resamples, seed)
     found = {name: _estimate(name, rows, drawn, level) for name in available(rows)}
-    return found | (_calibration(rows, drawn, level) if has_bins(rows) else {})
+    found |= _calibration(rows, drawn, level) if has_bins(rows) else {}
+    return found | (_temperature(rows, level, resamples, seed) if has_grid(rows) else {})
 
 
 def paired(
@@ -116,6 +132,18 @@ def _calibration(rows: Columns, drawn: Columns, level: float) -> dict[str, Estim
     if error.noise_floor is not None:
         floor = Estimate(error.noise_floor, None, None, None, error.n, error.clusters, floor.method)
     return {"ece": error, "ece_noise_floor": floor, "mce": mce_estimate(sums, draws, level)}
+
+
+def _temperature(rows: Columns, level: float, resamples: int, seed: int) -> dict[str, Estimate]:
+    items = rows["nll_count"] if "nll_count" in rows else rows["tokens"]
+    names = [f"{i:012d}" for i in range(len(items))]  # the rows are in order already
+    value, slope, label = (rows[name] for name in GRID)
+    if not (slope.any() or label.any()):  # nothing is told apart, so no temperature is better than another
+        return {"temperature": nothing("no margin to fit a temperature to", len(items))}
+    fitted = fit_temperature_on_grid(
+        temperature_grid(), value, slope, label, items, names, level=level, resamples=resamples, seed=seed
+    )
+    return {"temperature": fitted}
 
 
 def _compare(

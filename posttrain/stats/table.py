@@ -25,8 +25,10 @@ RATIOS = {  # name: numerator, denominator, factor; in the order reported
     "brier": ("brier_sum", "tokens", 1.0),
 }
 BINS = ("bin_count", "bin_confidence", "bin_correct")
+GRID = ("grid_logsumexp", "grid_slope", "grid_label")
+PROPORTIONS = {"token_accuracy", "pair_accuracy", "best_accuracy"}
 AT_LEAST_0 = {"tokens", "bytes", "chars", "correct", "brier_sum"}
-KNOWN = {"nll_sum", *AT_LEAST_0, *BINS}
+KNOWN = {"nll_sum", *AT_LEAST_0, *BINS, *GRID}
 TAKEN = {*RATIOS, "ece", "ece_noise_floor", "mce"}
 ROWS = "(rows)"  # our own column: how many rows were summed into the cluster
 GAP = "(gap)"  # among the draws: Σ correct - Σ confidence per bin
@@ -41,6 +43,8 @@ def gather(columns: dict[str, Any], ids: Any, clusters: Any, bins: int) -> Colum
     for name, column in columns.items():
         if name in BINS:
             rows[name] = table(name, column, (size, bins))[order]
+        elif name in GRID[:2]:
+            rows[name] = table(name, column, (size, np.shape(column)[-1]))[order]
         else:
             rows[name] = vector(name, column, size, 0.0 if name in AT_LEAST_0 else None)[order]
     rows[ROWS] = np.ones(size)
@@ -51,7 +55,7 @@ def resample(sides: list[Columns], resamples: int, seed: int) -> list[Columns]:
     """Resampled sums of every column, [R] or [R, B], of all sides, from one product."""
     parts: list[tuple[int, str, Array]] = []
     for side, rows in enumerate(sides):
-        needed = {name: column for name, column in rows.items() if name not in BINS}
+        needed = {name: column for name, column in rows.items() if name not in (*BINS, *GRID)}
         if has_bins(rows):
             needed |= {GAP: gaps(calibration_sums(rows)), "bin_count": rows["bin_count"]}
         parts += [(side, name, column) for name, column in needed.items()]
@@ -68,9 +72,16 @@ def resample(sides: list[Columns], resamples: int, seed: int) -> list[Columns]:
 
 
 def available(rows: Columns) -> dict[str, tuple[str, str, float]]:
-    """The ratios these columns allow, name: (numerator, denominator, factor); means of further columns come last."""
+    """The ratios these columns allow, name: (numerator, denominator, factor); means of further columns come last.
+
+    Columns X_sum and X_count give X.
+    """
+    pairs = {name.removesuffix("_sum") for name in rows if name.endswith("_sum")}
+    pairs = {name for name in pairs if f"{name}_count" in rows}
     known = {name: spec for name, spec in RATIOS.items() if spec[0] in rows and spec[1] in rows}
-    return known | {name: (name, ROWS, 1.0) for name in rows if name not in KNOWN and name != ROWS}
+    known |= {name: (f"{name}_sum", f"{name}_count", 1.0) for name in sorted(pairs)}
+    used = KNOWN | {f"{name}_{part}" for name in pairs for part in ("sum", "count")}
+    return known | {name: (name, ROWS, 1.0) for name in rows if name not in used and name != ROWS}
 
 
 def score_of(name: str, rows: Columns, drawn: Columns) -> Score | None:
@@ -85,15 +96,19 @@ def score_of(name: str, rows: Columns, drawn: Columns) -> Score | None:
 
 
 def is_proportion(name: str, rows: Columns) -> bool:
-    """token_accuracy, and further columns whose every row is 0, 1/2 or 1 (checked on the sums of the clusters)."""
-    if name in RATIOS:
-        return name == "token_accuracy"
+    """PROPORTIONS, and further columns whose every row is 0, 1/2 or 1 (checked on the sums of the clusters)."""
+    if name in PROPORTIONS or name not in rows:
+        return name in PROPORTIONS
     twice = 2 * rows[name]
     return bool(((twice >= 0) & (twice <= 2 * rows[ROWS]) & (twice == np.rint(twice))).all())
 
 
 def has_bins(rows: Columns) -> bool:
     return all(name in rows for name in BINS)
+
+
+def has_grid(rows: Columns) -> bool:
+    return all(name in rows for name in GRID)
 
 
 def calibration_sums(rows: Columns) -> BinSums:

@@ -15,7 +15,7 @@ from posttrain.report.logbook import Logbook
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
 from posttrain.runtime import Runtime
-from posttrain.session import check_fits, open_directory, open_policy, packing_of, prepare_data, stop_ids
+from posttrain.session import check_fits, open_directory, open_network, packing_of, prepare_data, stop_ids
 from posttrain.summary import Summary
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def evaluate(cfg: Config) -> Summary:
             f"nothing to score: data.eval_fraction={cfg.data.eval_fraction:g} held none out; give data.eval"
         )
     ends = stop_ids(prepared, tokenizer)
-    policy, described = open_policy(cfg, runtime, cfg.model, cfg.adapter)
+    policy, described = open_network(cfg, runtime, cfg.model, cfg.adapter, head=cfg.stage.head(ends))
     check_fits(cfg, policy, tokenizer)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
-    packing = packing_of(cfg, runtime.device.type)
+    packing = packing_of(cfg, runtime.device.type, prepared)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
     found = evaluator(0, final=True, samples=True)
     summary = Summary(str(run.path), cfg.stage_name, 0, metrics={k: plain(v) for k, v in found.metrics.items()})

@@ -27,7 +27,7 @@ def plan(cfg: Config) -> None:
     console, runtime = Console(), Runtime(cfg.precision.name, cfg.distribution.name)
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
-    packing = packing_of(cfg, runtime.device.type)
+    packing = packing_of(cfg, runtime.device.type, prepared)
     order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, cfg.data.mix)
     loader = Loader(prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens)
     steps, draws = count_steps(cfg, loader)

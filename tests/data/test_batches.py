@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.data.batches import Packing, best_fit, collate
+from posttrain.data.batches import collate
+from posttrain.data.packing import Packing, best_fit
 from posttrain.data.tokens import TokenGroup
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)

@@ -236,7 +236,7 @@ class TestThinking:
     def test_responses_that_are_compared_cannot_be_split(self) -> None:
         group = Group((U("hi"), self.think, U("more")), ((A("ok"),), (A("no"),)), file="f.jsonl", row=3)
         worker = Tokenizer(load("qwen3"), Encoding("chat", 1000, "drop"))
-        with pytest.raises(DataError, match=r"row 3: .*stage.train_on=last"):
+        with pytest.raises(DataError, match=r"row 3: .*responses of one turn"):
             list(worker.groups([group]))
 
 

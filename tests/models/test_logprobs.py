@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from posttrain.models import logprobs
-from posttrain.models.logprobs import LogitTransform, token_logprobs, token_statistics, weighted_nll
+from posttrain.models.logprobs import LogitTransform, token_statistics, weighted_nll
+from posttrain.models.token_logprobs import token_logprobs
 
 N, H, V = 37, 8, 50
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.0625), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)]

@@ -1,0 +1,112 @@
+"""A transformers decoder that reads Batches: the hidden states that every stage's numbers are made of.
+
+Everything differentiable happens inside a wrapped module's forward, because distributed wrappers hook onto it: calling the
+backbone and a head apart would escape their gradient synchronisation without an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from posttrain.data.batches import Batch
+from posttrain.errors import ModelError
+
+
+class Decoder(nn.Module):
+    """A transformers model, possibly inside a peft adapter; subclasses put a head on its last states."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.accepts_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The transformers model itself, adapters inside its modules."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Everything before the output layer."""
+        network: Any = self.network
+        below: Any = getattr(network, network.base_model_prefix, None)
+        below = text_decoder(network) if below is None else below
+        if below is network:
+            raise ModelError(
+                f"the {network.config.model_type} architecture has no separate decoder below its output layer"
+            )
+        return below
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The backbone's last states, [R, L, H].
+
+        padded, packed: no attention mask, for rows are causal and padded on the right, and restarted positions make packed
+        rows block-diagonal in the library's own mask (only without a cache and without a mask). shared: our mask.
+        """
+        arguments: dict[str, Any] = {"use_cache": False}
+        if self.accepts_positions:
+            arguments["position_ids"] = batch.position_ids
+        elif batch.layout != "padded":
+            raise ModelError(f"{self.network.config.model_type} takes no positions; use batch.layout=padded")
+        if batch.layout == "shared":
+            arguments["attention_mask"] = shared_mask(batch, attention_of(self.network))
+        output = self.backbone(input_ids=batch.input_ids, return_dict=True, **arguments)
+        return output.last_hidden_state
+
+
+def shared_mask(batch: Batch, attention: str) -> Any:
+    """Who sees whom when K responses stand behind one prompt: what comes before, in the prompt or in the same response.
+
+    sdpa: bool [R, 1, L, L], True where attended. eager: additive fp32, since it adds what it is given. flex: a block mask,
+    whose blocks of other responses are never computed (arXiv:2410.20305 for pairs).
+    """
+    assert batch.is_prompt is not None
+    segments, is_prompt = batch.segments, batch.is_prompt  # [R, L]
+    owner = torch.where(segments >= 0, batch.group[segments.clamp(min=0)], -1)  # [R, L], the Group of each position
+    if attention == "flex_attention":
+        return _block_mask(segments, is_prompt, owner)
+    if attention not in ("sdpa", "eager"):
+        raise ModelError(f"batch.layout=shared needs model.attention=sdpa, eager or flex_attention, not {attention}")
+    width = segments.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    same = segments[:, :, None] == segments[:, None, :]
+    prompt = is_prompt[:, None, :] & (owner[:, :, None] == owner[:, None, :])
+    allowed = (causal & (same | prompt))[:, None]
+    if attention == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+
+
+def _block_mask(segments: Tensor, is_prompt: Tensor, owner: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = segments[row, query] == segments[row, key]
+        prompt = is_prompt[row, key] & (owner[row, query] == owner[row, key])
+        return (query >= key) & (same | prompt)
+
+    rows, width = segments.shape
+    return create_block_mask(visible, rows, None, width, width, device=str(segments.device))
+
+
+def attention_of(network: Any) -> str:
+    """The attention kernel the library chose for this model."""
+    return str(getattr(text_config(network), "_attn_implementation", None) or "eager")
+
+
+def text_decoder(network: Any) -> nn.Module:
+    """The text decoder: below the output layer, and beside the towers of a model that also reads images or sound."""
+    found = network.get_decoder()
+    if found is network and isinstance(getattr(network, "model", None), nn.Module):
+        return network.model  # llama4 names it otherwise than its prefix says
+    return found
+
+
+def text_config(network: PreTrainedModel) -> Any:
+    """The decoder's own config, where the model also reads images or sound."""
+    return network.config.get_text_config(decoder=True)

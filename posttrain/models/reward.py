@@ -1,0 +1,74 @@
+"""The wrapped reward model: a Batch in, one score a response out, R(x, y) = w·h with h pooled from the last states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.data.batches import Batch
+from posttrain.errors import ModelError
+from posttrain.models.decoder import Decoder
+
+Pooling = Literal["last", "mean", "special"]
+
+POOLING_KEY = "posttrain_pooling"
+"""Where a saved model's config says how it pools; transformers' own class pools the last token that is no padding."""
+
+
+class RewardModel(Decoder):
+    """A sequence-classification model with one label and no bias (a bias cancels in every loss).
+
+    pooling: last: the last real token, found by length, never by token id. mean: over the completion's tokens. special: the
+    last end-of-turn token of the response, one of `ends`.
+    """
+
+    is_mixture = False
+
+    def __init__(self, model: Any, pooling: Pooling = "last", ends: Iterable[int] = ()) -> None:
+        super().__init__(model)
+        self.pooling, self.ends = pooling, sorted(ends)
+        setattr(self.network.config, POOLING_KEY, pooling)
+
+    @property
+    def head(self) -> nn.Module:
+        """The score layer, H → 1."""
+        found = getattr(self.network, "score", None)
+        if not isinstance(found, nn.Module):
+            raise ModelError(f"the {self.network.config.model_type} architecture has no score layer for a reward model")
+        return found
+
+    def forward(self, batch: Batch) -> Tensor:
+        """R of each response, [responses] fp32."""
+        states = self.hidden(batch).flatten(0, 1)  # [R·L, H]
+        pooled = self._mean(states, batch) if self.pooling == "mean" else states[self._position(batch)]
+        return self.head(pooled).squeeze(-1).float()
+
+    def _mean(self, states: Tensor, batch: Batch) -> Tensor:
+        """[responses, H], over each completion's own tokens, in fp32."""
+        total = states.new_zeros(len(batch.group), states.shape[-1], dtype=torch.float32)
+        total = total.index_add(0, batch.response, states[batch.at].float())
+        return (total / batch.trained_per_response[:, None]).to(states.dtype)
+
+    def _position(self, batch: Batch) -> Tensor:
+        """[responses] flat positions of the token whose state is scored."""
+        if self.pooling == "last":
+            return batch.last
+        is_end = torch.isin(batch.targets, torch.tensor(self.ends, device=batch.targets.device))
+        none = torch.full_like(batch.last, -1)
+        found = none.scatter_reduce(0, batch.response[is_end], batch.at[is_end], "amax")
+        assert bool((found >= 0).all()), "a response without an end-of-turn token: Encoding.closes appends it"
+        return found
+
+
+def zero_score(network: Any) -> None:
+    """A fresh score layer scores everything 0: the first loss is exactly that of a tie, whatever the seed."""
+    score = getattr(network, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise ModelError(f"the {network.config.model_type} architecture has no score layer for a reward model")
+    nn.init.zeros_(score.weight)
+    if score.bias is not None:
+        nn.init.zeros_(score.bias)
+        score.bias.requires_grad_(False)

@@ -1,0 +1,165 @@
+"""The reference's log-probs: computed once, before training, kept by content of model and data, never recomputed in a step.
+
+The reference is the policy as it starts (with a fresh adapter that is the policy without it, for B = 0; with a trained
+adapter the adapter as it came), or the model at model.reference. What is kept is one number a trained token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from posttrain.data import cache
+from posttrain.data.batches import collate
+from posttrain.data.loader import evaluation_batches, gather
+from posttrain.data.packing import Packing
+from posttrain.data.tokens import TokenDataset, TokenGroup
+from posttrain.errors import ModelError
+from posttrain.models.load import load_tokenizer
+from posttrain.models.networks import build_network
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+    from posttrain.models.policy import Policy
+    from posttrain.runtime import Runtime
+
+VERSION = 1
+TOLERANCE = {"fp32": 1e-3, "tf32": 1e-1}
+HALF_TOLERANCE = 2.0
+"""Nats a response by which the start may differ from its own stored log-probs: other batches round otherwise."""
+
+
+class Reference:
+    """Finds or computes log-probs; `keys` name what was used, so that a resumed run finds it without its first weights."""
+
+    def __init__(self, cfg: Config, runtime: Runtime, packing: Packing, tokenizer: Any, keys: dict[str, str]) -> None:
+        self.cfg, self.runtime, self.packing, self.tokenizer = cfg, runtime, packing, tokenizer
+        self.keys = dict(keys)
+        self._policy: Policy | None = None
+        self._digest: str | None = None
+
+    def attach(self, side: str, data: TokenDataset, fingerprint: str, start: Policy | None) -> TokenDataset:
+        """The dataset with the reference's log-probs. start: the policy where it is still the start, else None."""
+        known = self._stored(self.keys.get(side))
+        if known is None:
+            self._open(start)
+            self.keys[side] = self._key(side, fingerprint)
+            known = self._stored(self.keys[side])
+        if known is None:
+            assert self._policy is not None
+            known = token_logprobs(self._policy, data, self.packing, self.runtime)
+            self._store(self.keys[side], known)
+        return data.with_reference(known)
+
+    def _open(self, start: Policy | None) -> None:
+        if self._policy is not None:
+            return
+        cfg, given = self.cfg, self.cfg.model.reference
+        if given is None and start is not None:
+            self._policy = start
+            return
+        model, adapter = cfg.model, cfg.adapter
+        if given is not None:
+            model = replace(
+                model, path=given, tokenizer=None, revision=None, gguf_file=None, init="weights", config={}, rope_scaling=None
+            )  # fmt: skip
+            adapter = replace(adapter, name="none", path=None)
+            check_vocabulary(self.tokenizer, load_tokenizer(model), given)
+        policy: Any = build_network(model, adapter, self.runtime.compute_dtype, cfg.train.seed)[0]
+        self._policy = policy.to(self.runtime.device)
+
+    def _key(self, side: str, fingerprint: str) -> str:
+        if self._digest is None:
+            self._digest = weights_digest(self._policy)
+        parts = {
+            "version": VERSION, "torch": torch.__version__, "device": self.runtime.device.type, "weights": self._digest,
+            "precision": self.runtime.precision, "data": fingerprint, "side": side, "packing": asdict(self.packing),
+        }  # fmt: skip
+        return cache.digest(parts)
+
+    def _directory(self, key: str) -> Any:
+        return cache.cache_root(self.cfg.data.cache) / f"reference-{key}"
+
+    def _stored(self, key: str | None) -> np.ndarray | None:
+        found = key is not None and cache.is_built(self._directory(key))
+        if key is None or not self.runtime.share(found):
+            return None
+        return np.load(self._directory(key) / "logprobs.npy", mmap_mode="r")
+
+    def _store(self, key: str, values: np.ndarray) -> None:
+        if self.runtime.is_main:
+
+            def fill(scratch: Any) -> dict[str, Any]:
+                np.save(scratch / "logprobs.npy", values)
+                return {"tokens": len(values)}
+
+            cache.build(self._directory(key), fill)
+        self.runtime.barrier()
+
+
+@torch.no_grad()
+def token_logprobs(policy: Policy, data: TokenDataset, packing: Packing, runtime: Runtime) -> np.ndarray:
+    """log π of every target of the dataset in its order, fp32, [data.trained.sum()]; the work is shared by the ranks.
+
+    The batches are those of an evaluation, so that a policy that has not moved gives the same bits there.
+    """
+    was_training = policy.training
+    policy.eval()
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for positions, rows in evaluation_batches(data, packing, runtime.rank, runtime.world):
+        batch = gather(data, positions, rows, packing.layout).to(runtime.device)
+        with runtime.autocast():
+            found = policy(batch).logprobs.float()
+        parts.append((positions[[i for row in rows for i in row]], found.cpu().numpy()))
+    policy.train(was_training)
+    values = np.full(int(data.trained.sum()), np.nan, dtype=np.float32)
+    starts = np.concatenate([[0], np.cumsum(data.trained)])
+    for used, found in runtime.gather(parts):  # a batch's targets stand Group after Group
+        stop = 0
+        for position in used:
+            start, stop = stop, stop + int(data.trained[position])
+            values[starts[position] : starts[position + 1]] = found[start:stop]
+    assert not np.isnan(values).any(), "every target has its log-prob"
+    return values
+
+
+@torch.no_grad()
+def check_start(policy: Policy, groups: list[TokenGroup], packing: Packing, runtime: Runtime) -> float:
+    """Largest difference in nats a response between the policy and its stored log-probs; ModelError above the tolerance."""
+    batch = collate(groups, [[i] for i in range(len(groups))], packing.layout).to(runtime.device)
+    assert batch.reference is not None
+    policy.eval()
+    with runtime.autocast():
+        logprobs = policy(batch).logprobs
+    gap = float(batch.by_response(logprobs - batch.reference).abs().max())
+    if not gap <= TOLERANCE.get(runtime.precision, HALF_TOLERANCE):
+        raise ModelError(
+            f"the policy at the start differs from its own stored log-probs by {gap:.2g} nats a response: the cache does not "
+            "belong to this model, or its forward pass is not repeatable; give another data.cache"
+        )
+    return gap
+
+
+def weights_digest(policy: Any) -> str:
+    """24 hex digits of every parameter and buffer, names and bits."""
+    found = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(policy.state_dict().items()):
+        found.update(f"{name} {getattr(tensor, 'dtype', '')} {tuple(getattr(tensor, 'shape', ()))}".encode())
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_vocabulary(own: Any, other: Any, path: str) -> None:
+    """The reference must read the policy's token ids as the policy does."""
+    ours, theirs = own.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        differ = len(set(ours.items()) ^ set(theirs.items()))
+        raise ModelError(
+            f"model.reference={path} has another vocabulary than the policy ({len(theirs):,} tokens there, {len(ours):,} "
+            f"here, {differ:,} differ); its log-probs would be of other text. Give a reference with the same tokenizer"
+        )

@@ -1,0 +1,168 @@
+"""Reward modelling: a scalar R(x, y) = w·h that orders the responses of a prompt as people did.
+
+    bradley_terry   -log σ(R⁺ - R⁻ - margin), mean over the prompt's untied pairs        (arXiv:2203.02155, eq. 1)
+    hinge           max(0, margin - (R⁺ - R⁻))
+    mse             (R⁺ - R⁻ - margin)²
+    listwise        -Σ_j q_j log softmax_j(R), q from target_probs, else on the best, shared among ties
+    plackett_luce   -Σ_j log softmax over the candidates not yet placed, best first
+
+The unit is the prompt: L = (1/G) Σ_g L_g over the G prompts of the optimizer step that have something to order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+from posttrain.data.group import Group
+from posttrain.data.preferences import standings
+from posttrain.models.networks import Head
+from posttrain.stages.base import Loss, Records
+from posttrain.stages.preferences import Pairs, Preference, extremes, matrix, pair_records, pairs_in, soft
+
+if TYPE_CHECKING:
+    from posttrain.data.batches import Batch
+    from posttrain.models.networks import Networks
+
+OVER_LISTS = ("listwise", "plackett_luce")
+
+
+@dataclass
+class Reward(Preference):
+    """The loss over a prompt's responses, and how their states are pooled into one (models/reward.py)."""
+
+    generates: ClassVar[bool] = False
+    useless: ClassVar[str] = "prompts without a better and a worse response (K = 1, or all tied)"
+
+    objective: Literal["bradley_terry", "hinge", "mse", "listwise", "plackett_luce"] = "bradley_terry"
+    pooling: Literal["last", "mean", "special"] = "last"
+    margin: float = 0.0
+    centering: float = field(default=0.0, metadata={"min": 0.0})
+
+    def keeps(self, group: Group) -> bool:
+        scores = standings(group)
+        assert scores is not None
+        return min(scores) < max(scores) or (len(scores) > 1 and group.target_probs is not None)
+
+    def head(self, ends: set[int]) -> Head:
+        return Head(self.pooling, frozenset(ends))
+
+    @property
+    def closes_responses(self) -> bool:
+        return self.pooling == "special"
+
+    def weights(self) -> dict[str, float]:
+        return {"centering": self.centering}
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        pairs, n = pairs_in(batch), float(batch.groups)
+        if self.objective not in OVER_LISTS:
+            n = float(len(batch.group[pairs.first].unique())) * batch.weight
+        return {self.objective: n, "centering": n} if self.centering else {self.objective: n}
+
+    def loss(self, networks: Networks, batch: Batch) -> Loss:
+        rewards = networks.policy(batch)  # [responses]
+        pairs = pairs_in(batch)
+        terms: dict[str, Tensor] = {self.objective: self.objective_of(rewards, pairs, batch).sum() * batch.weight}
+        if self.centering:
+            both = (rewards[pairs.first] + rewards[pairs.second]) ** 2
+            terms["centering"] = _mean_by_group(both, pairs, batch).sum() * batch.weight
+        detached = rewards.detach()
+        h = detached[pairs.first] - detached[pairs.second]
+        n = float(len(h)) * batch.weight
+        right = (h > 0).double() + 0.5 * (h == 0).double()
+        found = {"margin": h, "pair_accuracy": right}
+        found |= {"reward_chosen": detached[pairs.first], "reward_rejected": detached[pairs.second]}
+        return Loss(terms, {name: (values.sum() * batch.weight, n) for name, values in found.items()})
+
+    def objective_of(self, rewards: Tensor, pairs: Pairs, batch: Batch) -> Tensor:
+        """Losses of the Groups, [groups]; 0 where a Group has no pair to order."""
+        if self.objective == "listwise":
+            return listwise_loss(matrix(rewards, batch, float("-inf")), _targets(batch).to(rewards))
+        if self.objective == "plackett_luce":
+            stand = matrix(batch.standings, batch, float("-inf"))
+            best_first = stand.argsort(dim=1, descending=True, stable=True)
+            return plackett_luce_loss(matrix(rewards, batch, float("-inf")).gather(1, best_first))
+        margin = batch.margin.nan_to_num(nan=self.margin)[batch.group[pairs.first]].to(rewards)
+        h = rewards[pairs.first] - rewards[pairs.second]
+        losses = soft(pairwise_loss(h, self.objective, margin), pairwise_loss(-h, self.objective, margin), pairs.p)
+        return _mean_by_group(losses, pairs, batch)
+
+    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
+        rewards = networks.policy(batch).double()
+        pairs = pairs_in(batch)
+        records = pair_records(rewards[pairs.first] - rewards[pairs.second], pairs, batch, bins)
+        best, worst = extremes(batch)
+        records |= {f"reward_{name}": rewards[i].cpu().numpy() for name, i in (("chosen", best), ("rejected", worst))}
+        return records | _list_records(rewards, batch)
+
+
+def pairwise_loss(h: Tensor, objective: str, margin: Tensor | float = 0.0) -> Tensor:
+    """Losses [P] of score differences h = R⁺ - R⁻ [P]: bradley_terry, hinge or mse."""
+    if objective == "hinge":
+        return relu(margin - h)
+    if objective == "mse":
+        return (h - margin) ** 2
+    assert objective == "bradley_terry", objective
+    return -logsigmoid(h - margin)
+
+
+def listwise_loss(rewards: Tensor, targets: Tensor) -> Tensor:
+    """-Σ_j q_j log softmax_j(R), [groups]; rewards [groups, K], -inf where there is no response; targets q [groups, K]."""
+    return -(targets * rewards.log_softmax(1).masked_fill(targets == 0, 0.0)).sum(1)
+
+
+def plackett_luce_loss(rewards: Tensor) -> Tensor:
+    """-Σ_j log softmax over candidates j, j+1, ..., [groups]; rewards [groups, K], best first, -inf at the end where a
+    Group has fewer responses. Equal scores of K responses: log K!."""
+    remaining = rewards.flip(1).logcumsumexp(1).flip(1)
+    return (remaining - rewards).masked_fill(rewards == float("-inf"), 0.0).sum(1)
+
+
+def _targets(batch: Batch) -> Tensor:
+    """q [groups, K]: target_probs, else 1 on the best, shared among ties."""
+    stand, given = matrix(batch.standings, batch, float("-inf")), matrix(batch.target_probs, batch, 0.0)
+    best = (stand == stand.amax(1, keepdim=True)).double()
+    best = best / best.sum(1, keepdim=True)
+    return torch.where(given.isnan().any(1, keepdim=True), best, given)
+
+
+def _mean_by_group(values: Tensor, pairs: Pairs, batch: Batch) -> Tensor:
+    """The mean over each Group's pairs [P] → [groups]."""
+    owner = batch.group[pairs.first]
+    many = torch.bincount(owner, minlength=len(batch.ids)).clamp(min=1)
+    return values.new_zeros(len(batch.ids)).index_add(0, owner, values) / many
+
+
+def _list_records(rewards: Tensor, batch: Batch) -> Records:
+    """For Groups of more than two: whether the best-scored response is (among) the best, and Spearman's rank correlation."""
+    counts = torch.bincount(batch.group).cpu().numpy()
+    owner, given, judged = (t.cpu().numpy() for t in (batch.group, rewards, batch.standings))
+    best, correlation, many = (np.zeros(len(counts)) for _ in range(3))
+    for g in np.flatnonzero(counts > 2):
+        mine, theirs = given[owner == g], judged[owner == g]
+        if theirs.min() == theirs.max():
+            continue
+        top = mine == mine.max()
+        many[g] = 1
+        best[g] = (theirs[top] == theirs.max()).mean()  # equal scores share the credit
+        correlation[g] = spearman(mine, theirs)
+    if not many.any() and (counts == 2).all():
+        return {}
+    return {
+        "best_accuracy_sum": best, "best_accuracy_count": many,
+        "rank_correlation_sum": correlation, "rank_correlation_count": many,
+    }  # fmt: skip
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation with average ranks; 0 where one of them is constant."""
+    x, y = rankdata(a) - (len(a) + 1) / 2, rankdata(b) - (len(b) + 1) / 2
+    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum()) / size if size else 0.0
