@@ -16,6 +16,7 @@ from posttrain.data.loader import Loader, Order
 from posttrain.data.packing import Packing, row_cost
 from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.tokenize import end_ids, end_of_turn
+from posttrain.data.tokens import TokenGroup
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.models.load import load_config, load_tokenizer
@@ -105,7 +106,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     check_fits(cfg, policy, tokenizer)
     policy.to(runtime.device)
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
-    probe, loader.packing = probe_layout(cfg, policy, prepared, probed, packing, runtime)
+    probe, loader.packing = probe_layout(cfg, policy, prepared, prepared.train.groups(probed), packing, runtime)
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     probe |= attach_reference(cfg, runtime, prepared, loader, tokenizer, state, policy, probed)
@@ -145,11 +146,10 @@ def _cheapest(cfg: Config, prepared: Prepared) -> str:
 
 
 def probe_layout(
-    cfg: Config, policy: Any, prepared: Prepared, probed: list[int], packing: Packing, runtime: Runtime
+    cfg: Config, policy: Any, prepared: Prepared, groups: list[TokenGroup], packing: Packing, runtime: Runtime
 ) -> tuple[dict[str, float], Packing]:
     """Check the forward pass on these examples. A layout that was asked for and cannot be is an error; one that `auto` chose
     gives way to padded, and that is said."""
-    groups = prepared.train.groups(probed)
     try:
         return check_forward(policy, groups, packing.layout, runtime.device), packing
     except ModelError as error:

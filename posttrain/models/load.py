@@ -43,12 +43,20 @@ more than tokens (byte patches, codebooks, another model's states)."""
 
 
 def resolve_path(path: str | None) -> str:
-    """A directory as it is, `embedded` as the package's own, anything else as a hub id (checked for its form)."""
+    """A directory as it is, a run's directory as its model/, `embedded` as the package's own, anything else as a hub id
+    (checked for its form)."""
     assert path is not None, "config/check.py names a model wherever none is given"
     if path == "embedded":
         return str(embedded.DIRECTORY)
-    if Path(path).expanduser().exists():
-        return str(Path(path).expanduser())
+    directory = Path(path).expanduser()
+    if (directory / "summary.json").is_file() or (directory / "checkpoints").is_dir():
+        if not (directory / "model").is_dir():
+            raise ModelError(
+                f"the run {path} has no model/ yet: it is not finished. Give one of its checkpoints/step-…/model"
+            )
+        return str(directory / "model")
+    if directory.exists():
+        return str(directory)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
         parent = Path(path).expanduser().parent
         siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []

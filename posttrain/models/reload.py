@@ -7,22 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.errors import ModelError
 from posttrain.models.load import resolve_path
-
-
-def find_model(path: str) -> str:
-    """A run's model/ directory, or the path itself."""
-    directory = Path(path).expanduser()
-    if (directory / "summary.json").is_file() or (directory / "checkpoints").is_dir():
-        if not (directory / "model").is_dir():
-            raise ModelError(
-                f"the run {path} has no model/ yet: it is not finished. Give one of its checkpoints/step-…/model"
-            )
-        return str(directory / "model")
-    return resolve_path(path)
 
 
 def lineage(path: str) -> tuple[str, list[str]]:
@@ -32,8 +20,17 @@ def lineage(path: str) -> tuple[str, list[str]]:
         if path in adapters:
             raise ModelError(f"{path} names itself as its base model")
         adapters.insert(0, path)
-        path = find_model(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        path = resolve_path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
     return path, adapters
+
+
+def is_reward_model(path: str) -> bool:
+    """Whether what was saved there has a score layer instead of an output layer."""
+    adapter, config = Path(path) / "adapter_config.json", Path(path) / "config.json"
+    if adapter.is_file():
+        return bool(json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS")
+    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    return any(name.endswith("ForSequenceClassification") for name in named or ())
 
 
 def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False) -> tuple[Any, Any]:
@@ -41,10 +38,10 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
 
     Inner adapters of a stack are always merged: an adapter sits on plain weights.
     """
-    found = find_model(path)
+    found = resolve_path(path)
     base, adapters = lineage(found)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model: Any = _base_of(found, base, dtype)
         tokenizer = AutoTokenizer.from_pretrained(found)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
@@ -55,3 +52,13 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
         if merge or number < len(adapters) - 1:
             model = model.merge_and_unload(safe_merge=True)
     return model.eval(), tokenizer
+
+
+def _base_of(found: str, base: str, dtype: torch.dtype | str) -> Any:
+    """The weights below the adapters; for a reward model with one score, padded as it was saved."""
+    if not is_reward_model(found):
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    padding = Path(found) / "config.json"
+    config = AutoConfig.from_pretrained(found if padding.is_file() else base)
+    config.num_labels = 1
+    return AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=dtype)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
-from posttrain.models.reload import load_saved
+from posttrain.errors import ModelError
+from posttrain.models.load import resolve_path
+from posttrain.models.reload import is_reward_model, load_saved
 
 
 def chat(argv: list[str]) -> None:
     """Reads prompts until end of input or /quit; /new starts a new conversation."""
     options = _parser().parse_args(argv)
+    if is_reward_model(resolve_path(options.model)):
+        raise ModelError(f"{options.model} is a reward model: it scores answers and writes none; give a policy")
     model, tokenizer = load_saved(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)

@@ -10,12 +10,22 @@ from posttrain.errors import DataError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
+from posttrain.models.probe import probe_positions, sliding_window
+from posttrain.reference import Reference
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
 from posttrain.runtime import Runtime
-from posttrain.session import check_fits, open_directory, open_network, packing_of, prepare_data, stop_ids
+from posttrain.session import (
+    check_fits,
+    open_directory,
+    open_network,
+    packing_of,
+    prepare_data,
+    probe_layout,
+    stop_ids,
+)
 from posttrain.summary import Summary
 
 if TYPE_CHECKING:
@@ -36,8 +46,14 @@ def evaluate(cfg: Config) -> Summary:
     ends = stop_ids(prepared, tokenizer)
     policy, described = open_network(cfg, runtime, cfg.model, cfg.adapter, head=cfg.stage.head(ends))
     check_fits(cfg, policy, tokenizer)
-    networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
+    policy.to(runtime.device)
     packing = packing_of(cfg, runtime.device.type, prepared)
+    probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
+    _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
+    if cfg.stage.needs_reference(False) != "never":
+        reference = Reference(cfg, runtime, packing, tokenizer, {})
+        prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)
+    networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
     found = evaluator(0, final=True, samples=True)
     summary = Summary(str(run.path), cfg.stage_name, 0, metrics={k: plain(v) for k, v in found.metrics.items()})

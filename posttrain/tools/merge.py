@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
-from posttrain.models.reload import find_model, lineage, load_saved
+from posttrain.models.load import resolve_path
+from posttrain.models.reload import lineage, load_saved
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Largest difference of a logit between adapter and merged weights that rounding explains."""
@@ -22,7 +22,7 @@ def merge(argv: list[str]) -> None:
     out = Path(options.out).expanduser()
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a new directory for the merged model")
-    base, adapters = lineage(find_model(options.model))
+    base, adapters = lineage(resolve_path(options.model))
     if not adapters and not Path(base).is_dir():
         raise ModelError(f"{options.model} does not exist here; give a run, or the directory of an adapter")
     if not adapters:
@@ -36,7 +36,7 @@ def merge(argv: list[str]) -> None:
         merged.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         with torch.no_grad():
-            after = AutoModelForCausalLM.from_pretrained(scratch, dtype="auto")(probe).logits
+            after = load_saved(str(scratch))[0](probe).logits
         worst = float((before.float() - after.float()).abs().max())
         if not worst <= TOLERANCE.get(merged.dtype, 0.5):
             raise ModelError(f"the merged model's logits differ from the adapter's by {worst:.3g}; it is not usable")

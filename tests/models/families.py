@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from posttrain.data.tokens import TokenGroup
 from posttrain.models.policy import Policy
@@ -137,12 +137,16 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def network(name: str) -> Any:
-    """Random weights with enough spread for masks, caps and scales to show in the logits."""
-    settings = dict({**FAMILIES, **REFUSED}[name])
+def network(name: str, attention: str | None = None, scores: bool = False, **changes: Any) -> Any:
+    """Random weights with enough spread for masks, caps and scales to show in the logits, or in one score."""
+    settings = {**FAMILIES, **REFUSED}[name] | changes
     torch.manual_seed(0)
+    kind = {"attn_implementation": attention} if attention else {}
     config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if scores:
+        config.num_labels = 1
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32, **kind)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

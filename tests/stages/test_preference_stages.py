@@ -181,7 +181,10 @@ def test_the_bandit_reaches_the_tilt_under_dual() -> None:
         """Actions enumerated: (1/K) Σ_i becomes Σ_a π_ref(a), ω_a becomes π_ref(a)·u_a."""
         one = torch.full((1, 1), 0.0).double()
         conjugate = torch.stack(
-            [dual_loss((logp - ref.log())[a].view(1, 1), one, BETA, "tilt", 5.0, None, u[a].view(1, 1))[0] for a in range(3)]
+            [
+                dual_loss((logp - ref.log())[a].view(1, 1), one, BETA, "tilt", 5.0, None, u[a].view(1, 1))[0]
+                for a in range(3)
+            ]
         )
         return (ref * conjugate).sum()
 
@@ -197,7 +200,8 @@ def test_weighted_in_expectation(k: int, expected: list[float]) -> None:
     draws = list(itertools.combinations_with_replacement(range(3), k))
     counts = [[draw.count(a) for a in range(3)] for draw in draws]
     ways = [math.factorial(k) / math.prod(map(math.factorial, count)) for count in counts]
-    chance = torch.tensor([w * math.prod(p**c for p, c in zip(PI_REF, count, strict=True)) for w, count in zip(ways, counts, strict=True)])
+    odds = [math.prod(p**c for p, c in zip(PI_REF, count, strict=True)) for count in counts]
+    chance = torch.tensor([way * odd for way, odd in zip(ways, odds, strict=True)])
     index = torch.tensor(draws)
     rewards = torch.tensor(REWARDS).double()[index]
 
@@ -256,7 +260,9 @@ def test_expected_reward_starts_at_the_mean() -> None:
 
 
 def groups_of(*rewards: tuple[float, ...]) -> list[Group]:
-    return [Group(f"p{i}", tuple("abcd"[: len(r)]), rewards=r, file="f.jsonl", row=i + 1) for i, r in enumerate(rewards)]
+    return [
+        Group(f"p{i}", tuple("abcd"[: len(r)]), rewards=r, file="f.jsonl", row=i + 1) for i, r in enumerate(rewards)
+    ]
 
 
 def test_groups_without_a_signal_are_skipped_and_counted() -> None:
@@ -277,7 +283,11 @@ def test_nothing_to_learn_is_an_error_that_says_so(stage) -> None:
 
 
 def test_single_responses_to_one_prompt_are_joined() -> None:
-    rows = [Group("p", ("good",), rewards=(1.0,)), Group("q", ("x",), rewards=(1.0,)), Group("p", ("bad",), rewards=(0.0,))]
+    rows = [
+        Group("p", ("good",), rewards=(1.0,)),
+        Group("q", ("x",), rewards=(1.0,)),
+        Group("p", ("bad",), rewards=(0.0,)),
+    ]
     kept = list(DPO().groups(rows, Counter()))
     assert [(g.prompt, g.responses) for g in kept] == [("p", ("good", "bad"))]
 
@@ -286,7 +296,7 @@ def test_gpro_refuses_what_it_cannot_read() -> None:
     with pytest.raises(DataError, match="needs rewards >= 0"):
         list(GPRO(form="dual", target="reward").groups(groups_of((-1.0, 0.0)), Counter()))
     ranked = [Group("p", ("a", "b"), ranks=(1, 2), file="f", row=3)]
-    with pytest.raises(DataError, match="row 3.*rewards"):
+    with pytest.raises(DataError, match=r"row 3.*rewards"):
         list(GPRO().groups(ranked, Counter()))
     for bad in (DPO(flip_probability=0.1), DPO(link="odds_ratio"), GPRO(target="reward")):
         with pytest.raises(ConfigError):
