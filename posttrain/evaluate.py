@@ -61,7 +61,7 @@ class Evaluation:
     def value(self, name: str) -> float:
         """The value of one metric; NaN where there is none."""
         found = self.metrics.get(name)
-        value = getattr(found, "value", found)
+        value = found["value"] if isinstance(found, dict) else getattr(found, "value", found)
         return float("nan") if value is None else float(value)
 
 

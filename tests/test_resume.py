@@ -28,6 +28,23 @@ SAMPLES = ("eval.generate=3", "eval.max_new_tokens=3", "eval.verifier=exact")
 STAGES = {
     "sft": [*STEPS, *SAMPLES],
     "pretrain": [*STEPS, "stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:40:held_out"],
+    "dpo": [*STEPS, *SAMPLES, "stage=dpo", "data.train=embedded:pairs:200", "data.eval=embedded:pairs:40:held_out"],
+    "gpro": [
+        *STEPS,
+        "stage=gpro",
+        "stage.form=dual",
+        "data.train=embedded:groups:100",
+        "data.eval=embedded:groups:40:held_out",
+    ],
+    "reward": [*STEPS, "stage=reward", "data.train=embedded:pairs:200", "data.eval=embedded:pairs:40:held_out"],
+    "dpo lora": [
+        *STEPS,
+        "stage=dpo",
+        "adapter=lora",
+        "adapter.dropout=0.1",
+        "data.train=embedded:pairs:200",
+        "data.eval=embedded:pairs:40:held_out",
+    ],
     "lora": [*STEPS, "stage=lora", "adapter.dropout=0.1", "optim.lr=1e-3"],
 }
 MOMENTS = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posttrain.models.networks import Networks
-from posttrain.models.reward import RewardModel
+from posttrain.models.reward import POOLING_KEY, RewardModel
 
 
 def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch.dtype | None = None) -> None:
@@ -29,8 +30,9 @@ def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch
         networks.module.model.save_pretrained(directory, save_embedding_layers=False)
         if network.can_generate():
             network.generation_config.save_pretrained(directory)
-        else:  # how it pads and pools stands in the config
-            network.config.save_pretrained(directory)
+        else:  # peft keeps no config, and transformers would take one for a whole model's
+            how = {POOLING_KEY: networks.module.pooling}
+            (directory / "posttrain.json").write_text(json.dumps(how) + "\n", encoding="utf-8")
     elif dtype is None or dtype == network.dtype:
         network.save_pretrained(directory)
     else:
@@ -48,8 +50,6 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _write_dtype(directory: Path, dtype: torch.dtype) -> None:
     """The library writes the dtype the model has in memory; the file must name the one its weights have."""
-    import json
-
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -41,8 +41,8 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
     found = resolve_path(path)
     base, adapters = lineage(found)
     try:
-        model: Any = _base_of(found, base, dtype)
         tokenizer = AutoTokenizer.from_pretrained(found)
+        model: Any = _base_of(found, base, dtype, tokenizer)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
     for number, adapter in enumerate(adapters):
@@ -54,11 +54,10 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
     return model.eval(), tokenizer
 
 
-def _base_of(found: str, base: str, dtype: torch.dtype | str) -> Any:
-    """The weights below the adapters; for a reward model with one score, padded as it was saved."""
+def _base_of(found: str, base: str, dtype: torch.dtype | str, tokenizer: Any) -> Any:
+    """The weights below the adapters; for a reward model with one score, padded as its tokenizer pads."""
     if not is_reward_model(found):
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    padding = Path(found) / "config.json"
-    config = AutoConfig.from_pretrained(found if padding.is_file() else base)
-    config.num_labels = 1
+    config = AutoConfig.from_pretrained(base)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     return AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=dtype)
