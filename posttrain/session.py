@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from posttrain import rundir
 from posttrain.checkpoint import TrainState
@@ -18,9 +17,9 @@ from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
-from posttrain.models.load import load_config, load_tokenizer
+from posttrain.models.load import load_config, load_tokenizer, position_limit
 from posttrain.models.networks import Networks, build_policy
-from posttrain.models.probe import check_forward, probe_positions, sliding_window
+from posttrain.models.probe import check_forward, check_rope, probe_positions, sliding_window
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
 from posttrain.resume import restore, resumed
@@ -97,6 +96,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     seed_everything(cfg.train.seed, 0)
     policy, described = open_policy(cfg, runtime, *resumed(cfg, run), checkpointing=cfg.train.gradient_checkpointing)
     check_fits(cfg, policy, tokenizer)
+    check_rope(policy.network.config, np.concatenate([prepared.train.longest, prepared.eval.longest]))
     policy.to(runtime.device)
     probed = prepared.train.groups(probe_positions(prepared.train.longest, sliding_window(policy.network)))
     probe = check_forward(policy, probed, packing.layout, runtime.device)
@@ -155,7 +155,7 @@ def check_fits(cfg: Config, policy: Any, tokenizer: Any) -> None:
 
 def check_positions(cfg: Config, config: Any) -> None:
     """Examples must fit the positions the model knows."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit and cfg.data.max_length > limit:
         raise ConfigError(
             f"data.max_length={cfg.data.max_length}, but the model's positions end at {limit}; "
@@ -188,10 +188,5 @@ def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: 
 def open_policy(
     cfg: Config, runtime: Runtime, model: ModelConfig, adapter: AdapterConfig, checkpointing: bool = False
 ) -> tuple[Policy, str]:
-    """The policy and its adapter's line; weights that cannot be read are the user's to mend, whoever finds it out."""
-    try:
-        return build_policy(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing)
-    except SafetensorError as error:
-        raise ModelError(
-            f"cannot read the weights of {model.path}: {error}; a .safetensors file there is cut short or is no such file"
-        ) from error
+    """The policy and its adapter's line."""
+    return build_policy(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing)

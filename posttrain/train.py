@@ -99,6 +99,9 @@ class Trainer:
             start = self._evaluate(with_samples=True)
             self.logbook.evaluation(start, None)
             self.start = start
+            if self.state.best_value is None:
+                self._judge(start)
+                self.state.evaluations_since_best = 0  # even where the start's score is not finite
         narrate.start(self.session, self.start)
 
     def _fit(self) -> Evaluation | None:
@@ -118,7 +121,8 @@ class Trainer:
                 self._log()
             if state.step % self.eval_every == 0 or last:
                 evaluation = self._look(last)
-            if state.step % self.save_every == 0 or self._is_over or self.stopping:
+            due = state.step % self.save_every == 0 or state.best_step == state.step
+            if due or self._is_over or self.stopping:
                 self._save()
             if self._is_over:
                 break
@@ -217,7 +221,10 @@ class Trainer:
         return self.session.evaluator(self.state.step, final=final, samples=with_samples)
 
     def _judge(self, evaluation: Evaluation) -> None:
-        """Best so far, and how long since; a score that is not finite is no best."""
+        """Best so far, and how long since; a score that is not finite is no best.
+
+        The start counts: where no later evaluation beats it, there is no best checkpoint.
+        """
         value, state = evaluation.value(OBJECTIVE), self.state
         if math.isfinite(value) and (state.best_value is None or value < state.best_value):
             state.best_value, state.best_step, state.evaluations_since_best = value, state.step, 0

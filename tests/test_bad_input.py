@@ -64,6 +64,7 @@ SETTINGS = [
     (["batch.micro_size=2", "batch.micro_tokens=64"], ["batch.micro_tokens=64 and batch.micro_size=2 are both given"]),
     (["train.epochs=1"], ["train.steps=4 and train.epochs=1 are both given"]),
     (["data.max_length=128"], ["data.max_length=128, but the model's positions end at 64"]),
+    (["model.rope_scaling={type: dynamic, factor: 4}", "data.max_length=300"], ["the model's positions end at 256"]),
     (["data.train="], ["model.path=embedded is given without data"]),
     (["model.path="], ["set model.path"]),
 ]
@@ -79,6 +80,7 @@ ROWS = [
     ("empty", [], ["d.jsonl: the file is empty"]),
     ("broken JSON", [ROW, '{"prompt": "1+1='], ["d.jsonl, line 2", "broken JSON"]),
     ("no column", [ROW, ROW, {"prompt": "1+1="}], ["d.jsonl, row 3, column 'completion'", "missing (this row has: prompt)"]),
+    ("no column in half the rows", [ROW, {"prompt": "1+1="}], ["d.jsonl, row 2, column 'completion'", "missing (this row has: prompt)"]),
     ("no text", [ROW, {**ROW, "completion": 2}], ["d.jsonl, row 2, column 'completion'", "found int (2)"]),
     ("null", [ROW, ROW, {**ROW, "completion": None}], ["row 3, column 'completion'", "found null"]),
     ("empty completion", [ROW, {**ROW, "completion": ""}], ["row 2, column 'completion'", "found empty text"]),

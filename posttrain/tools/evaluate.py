@@ -10,6 +10,7 @@ from posttrain.errors import DataError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
+from posttrain.models.probe import check_rope
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
 from posttrain.report.sinks import plain
@@ -36,6 +37,7 @@ def evaluate(cfg: Config) -> Summary:
     ends = stop_ids(prepared, tokenizer)
     policy, described = open_policy(cfg, runtime, cfg.model, cfg.adapter)
     check_fits(cfg, policy, tokenizer)
+    check_rope(policy.network.config, prepared.eval.longest)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     packing = packing_of(cfg, runtime.device.type)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
