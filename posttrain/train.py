@@ -38,7 +38,7 @@ def train(cfg: Config) -> Summary:
     """The whole run of a config: returns its Summary, written to summary.json too."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
     console = Console(runtime.is_main)
-    try:
+    with runtime.together():
         config = cfg.as_dict()
         run = open_directory(cfg, config, runtime)
         if run.finished:
@@ -46,8 +46,6 @@ def train(cfg: Config) -> Summary:
             console.line(f"{run.path} is already finished ({summary.steps} steps); nothing to do")
             return summary
         return Trainer(open_session(cfg, runtime, console, run), config).run()
-    finally:
-        runtime.close()
 
 
 class Trainer:
@@ -183,12 +181,21 @@ class Trainer:
                 "model, the adapter or a library's kernel; try adapter=none, or model.attention=eager"
             )
         found = not_finite(norm, losses, step)
+        if self.runtime.world > 1:
+            found = self._first_cause(norm, found)
         if found:
             done = checkpoint.complete(self.session.run.checkpoints)
             raise TrainingError(
                 f"{found}. Nothing was updated; the last good checkpoint is {done[-1] if done else 'none yet'}. "
                 "Try a smaller optim.lr, or precision=fp32"
             )
+
+    def _first_cause(self, norm: torch.Tensor, found: str | None) -> str | None:
+        """Of all ranks: that of a rank whose loss is at fault, for the gradient, which all share, spoils with it."""
+        if torch.isfinite(norm):
+            return found
+        told = self.runtime.gather([found and found.replace("this rank's", f"rank {self.runtime.rank}'s")])
+        return next((cause for cause in told if cause and "loss" in cause), told[0])
 
     def _advance(self, step: Step, norm: float, lr: float, seconds: float) -> None:
         state = self.state

@@ -19,6 +19,7 @@ STOREYS = [
         "evaluate",
         "session",
         "runtime",
+        "alarm",
         "checkpoint",
         "resume",
         "rundir",

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 def evaluate(cfg: Config) -> Summary:
     """Score data.eval (or the held-out part of data.train); writes metrics, records and samples to the run directory."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
+    with runtime.together():
+        return _evaluate(cfg, runtime)
+
+
+def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
     console, config = Console(runtime.is_main), cfg.as_dict()
     run = open_directory(cfg, config, runtime, "eval")
     tokenizer = load_tokenizer(cfg.model)
