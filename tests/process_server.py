@@ -9,6 +9,8 @@ Each line of standard input is a JSON task, each line of standard output its res
      "max_file_bytes": bytes | null,                          every write past this size of a file is refused
      "poison": [target, call] | null,                         this call's result (its first part) is made infinite
      "fail": [target, call, message] | null,                  this call raises OSError(message): refused by the disk
+     "hang": target | null,                                   this call sleeps for good
+     "others": {...},                                         what befalls the ranks other than on_rank
      "ranks": processes of one run (1),                       joined by gloo, as torchrun would start them
      "on_rank": r | null}                                     what befalls it befalls this rank alone
     → {"status": as Popen.returncode, of rank 0, "statuses": [of every rank], "output": text, "seconds": s}
@@ -91,7 +93,7 @@ def refuse(target, number, message):
 def child(task, rank):
     os.chdir(task["folder"])
     if task.get("on_rank") not in (None, rank):
-        task = {"arguments": task["arguments"]}
+        task = {"arguments": task["arguments"], **task.get("others", {})}
     if task.get("max_file_bytes") is not None:
         limit = task["max_file_bytes"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -104,6 +106,8 @@ def child(task, rank):
         poison(*task["poison"])
     if task.get("fail"):
         refuse(*task["fail"])
+    if task.get("hang"):
+        at_call(task["hang"], 1, lambda: time.sleep(1_000), "before")
     from posttrain.cli import main
 
     status = main(task["arguments"])

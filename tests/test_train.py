@@ -1,6 +1,7 @@
 """The loop end to end on the embedded model: numbers do not depend on how the work is split, and a run can stop and go on."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import small_arguments
 from safetensors.torch import load_file
 
 Run = Callable[..., Any]
@@ -74,6 +76,44 @@ def test_losses_and_weights_do_not_depend_on_the_split(run: Run, stage: str) -> 
             assert other.metrics[metric]["value"] == pytest.approx(whole.metrics[metric]["value"], rel=1e-4), name
 
 
+@pytest.mark.usefixtures("mixture")
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_padding_changes_neither_loss_nor_gradients(stage: str, layout: str) -> None:
+    from posttrain.config import resolve
+    from posttrain.data.batches import collate
+    from posttrain.data.pipeline import prepare
+    from posttrain.models.load import load_tokenizer
+    from posttrain.models.networks import Networks, build_policy
+
+    cfg = resolve(small_arguments(*STAGES[stage]))
+    tokenizer = load_tokenizer(cfg.model)
+    groups = prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed).train.groups(range(6))
+    policy, _ = build_policy(cfg.model, cfg.adapter, torch.float32, cfg.train.seed, False)
+    for parameter in policy.parameters():  # an adapter begins at zero, where its other half has no gradient
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    networks = Networks(policy, policy, tokenizer)
+    rows = [[0, 1, 2], [3, 4, 5]] if layout == "packed" else [[i] for i in range(6)]
+    found = []
+    for extra in (0, 1, 17):
+        batch = collate(groups, rows, layout, extra_padding=extra)
+        loss, counts = cfg.stage.loss(networks, batch), cfg.stage.counts(batch)
+        weights = cfg.stage.weights()
+        total = sum(weights.get(name, 1.0) * term / counts[name] for name, term in loss.terms.items())
+        assert isinstance(total, torch.Tensor)
+        found.append((counts, total.detach(), torch.autograd.grad(total, networks.parameters, allow_unused=True)))
+    counts, total, gradients = found[0]
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
+    for other_counts, other_total, others in found[1:]:
+        assert other_counts == counts
+        torch.testing.assert_close(other_total, total, rtol=1e-5, atol=0)
+        for gradient, other in zip(gradients, others, strict=True):
+            assert (gradient is None) == (other is None)
+            if gradient is not None and other is not None:
+                torch.testing.assert_close(other, gradient, rtol=0, atol=1e-5 * max(1.0, float(gradient.abs().max())))
+
+
 def test_same_seed_same_bits_and_another_seed_another_run(run: Run) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(f"run.dir={name}", f"train.seed={seed}")
@@ -113,6 +153,39 @@ def test_what_a_run_leaves_behind(run: Run) -> None:
     assert kept == ["step-000004"] or kept == sorted({Path(summary.best_checkpoint).name, "step-000004"})
     sample = json.loads(Path("r/samples.jsonl").read_text().splitlines()[0])
     assert sample.keys() == {"id", "prompt", "reference", "before", "after"}
+
+
+def test_the_best_checkpoint_outlives_the_rotation(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rate is such that the first evaluations are better than the start and the later ones worse."""
+    summary = run("run.dir=r", "optim.lr=1e-4", "train.steps=6", "train.save_every=4", "train.keep_checkpoints=1", "train.eval_every=1")
+    scores = {line["step"]: line["metrics"]["nll"]["value"] for line in log("r") if line["split"] == "eval"}
+    best = min(scores, key=lambda step: scores[step])
+    assert 0 < best < 6
+    assert summary.best_checkpoint == f"r/checkpoints/step-{best:06d}"
+    assert {p.name for p in Path("r/checkpoints").iterdir()} == {f"step-{best:06d}", "step-000006"}
+    assert f"the best evaluation's are in {summary.best_checkpoint}/model" in capsys.readouterr().out
+
+
+def test_a_start_that_nothing_beats_has_no_best_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run("run.dir=r", "optim.lr=1e-1", "schedule.warmup_steps=0")
+    assert summary.metrics["nll"]["value"] > summary.start["nll"]["value"]
+    assert summary.best_checkpoint is None
+    assert json.loads(Path("r/summary.json").read_text())["best_checkpoint"] is None
+    assert "no later evaluation beat the start's nll" in capsys.readouterr().out
+    state = json.loads(Path("r/checkpoints/step-000004/state.json").read_text())
+    assert (state["best_step"], state["evaluations_since_best"]) == (0, 4)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_follow_the_umask(run: Run, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        run("run.dir=r", "train.steps=1")
+    finally:
+        os.umask(before)
+    files = [path for path in Path("r").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "optimizer.pt", "metrics.jsonl", "summary.json"} <= {path.name for path in files}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
 
 
 def test_the_saved_model_scores_what_the_summary_says(run: Run) -> None:
