@@ -88,7 +88,9 @@ def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
     if resume not in ("auto", "never"):
         return RunDir(path, _chosen_checkpoint(Path(resume).expanduser()), failed_start=failed_start)
     found = complete(path / "checkpoints")
-    return RunDir(path, found[-1] if found else None, finished=(path / "summary.json").is_file(), failed_start=failed_start)
+    return RunDir(
+        path, found[-1] if found else None, finished=(path / "summary.json").is_file(), failed_start=failed_start
+    )
 
 
 def create(

@@ -57,7 +57,7 @@ STAGES = {
     "pretrain": ["stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:40:held_out"],
     "mixture": ["model.path=mixture", "model.init=config", "stage.aux_weight=0.1"],
 }
-"""What must not depend on how the work is split; tests/test_ranks.py holds it for ranks and for padding. A new stage joins here."""
+"""What must not depend on how the work is split, nor on padding or ranks (tests/test_ranks.py). A new stage joins here."""
 LOSSES, WEIGHTS, SCORES = 1e-5, 1e-4, 1e-6
 """Tolerances: relative, absolute, relative at the same weights."""
 
@@ -157,7 +157,8 @@ def test_what_a_run_leaves_behind(run: Run) -> None:
 
 def test_the_best_checkpoint_outlives_the_rotation(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The rate is such that the first evaluations are better than the start and the later ones worse."""
-    summary = run("run.dir=r", "optim.lr=1e-4", "train.steps=6", "train.save_every=4", "train.keep_checkpoints=1", "train.eval_every=1")
+    often = ("train.steps=6", "train.save_every=4", "train.keep_checkpoints=1", "train.eval_every=1")
+    summary = run("run.dir=r", "optim.lr=1e-4", *often)
     scores = {line["step"]: line["metrics"]["nll"]["value"] for line in log("r") if line["split"] == "eval"}
     best = min(scores, key=lambda step: scores[step])
     assert 0 < best < 6
