@@ -78,6 +78,8 @@ def test_two_ranks_give_what_one_does(both: Path, posttrain_process: Run, stage:
     made = ran(both, posttrain_process)
     one, two = (made / ranks / name(stage) for ranks in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), rel=LOSSES)
+    norms = [[line["metrics"]["grad_norm"] for line in log(run) if line["split"] == "train"] for run in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)  # AdamW would hide a gradient that is all too small alike
     assert_same_weights(one, two, WEIGHTS)
     a, b = summary(one), summary(two)
     for metric in ("nll", "perplexity", "token_accuracy", "brier", "ece"):

@@ -89,7 +89,8 @@ class Wandb:
             told = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"log=wandb: {told}; log.mode=offline needs neither account nor network") from error
         self.run.define_metric("*", step_metric="step")
-        for handler in logging.getLogger("wandb").handlers:  # its diary: on a full disk each line would print a traceback
+        # its diary: on a full disk each line of it would print a traceback
+        for handler in logging.getLogger("wandb").handlers:
             handler.handleError = lambda record: None  # type: ignore[method-assign]
 
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
