@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from posttrain import __version__
-from posttrain.errors import ConfigError, Stopped, TrainingError, UserError
+from posttrain.errors import ConfigError, Stopped, TrainingError, UserError, is_told_here
 from posttrain.places import described, package_folder
 
 
@@ -78,13 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         _tell_error(error, debug)
         return 1
     except Stopped as stopped:
-        if _is_first_rank():
+        if is_told_here(stopped):
             print(f"{stopped}; the same command continues the run from its checkpoint", file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if debug or is_told_here(error):
+            traceback.print_exc()
         return 1
 
 
@@ -165,12 +166,8 @@ def _load(verb: Verb) -> Callable[[Any], Any]:
 
 
 def _tell_error(error: Exception, debug: bool) -> None:
-    """A few lines on rank 0; every rank of a launch meets the same mistake."""
+    """A few lines, on one rank of a launch."""
     if debug:
         traceback.print_exc()
-    if _is_first_rank():
+    if is_told_here(error):
         print(f"posttrain: error: {error}", file=sys.stderr)
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

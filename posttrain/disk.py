@@ -57,6 +57,7 @@ def whole_directory(final: Path, scratch: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
+        _open_files(scratch)
         flush(scratch)
         remove(final)
         scratch.rename(final)
@@ -104,6 +105,13 @@ def _reason(error: Exception, path: Path) -> str:
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free_bytes = shutil.disk_usage(existing).free
     return f"the disk refuses it ({free_bytes / 2**20:,.1f} MiB are free there)"
+
+
+def _open_files(directory: Path) -> None:
+    """Files as the umask wants them: safetensors writes its own readable to their owner alone."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | path.parent.stat().st_mode & 0o666)
 
 
 def _flush_directory(directory: Path) -> None:

@@ -5,6 +5,8 @@ with 2. An invariant of ours that breaks is an AssertionError, and is a bug. Eac
 allowed and what to try.
 """
 
+import os
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used; exit status 2."""
@@ -40,3 +42,13 @@ class Stopped(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.signal_number = signal_number
+
+
+def tell_here(error: Exception, here: bool) -> None:
+    """Of several ranks that fail, one tells: whether it is this one."""
+    error.told_here = here  # type: ignore[attr-defined]
+
+
+def is_told_here(error: Exception) -> bool:
+    """Before the ranks know of each other each meets the same mistake, and the first tells it."""
+    return bool(getattr(error, "told_here", os.environ.get("RANK", "0") == "0"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -23,17 +24,22 @@ RECORD = "config.json"
 """The whole config as plain values, and the verb: what a continuation is compared with."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
+LEFTOVERS = ("metrics.jsonl", "samples.jsonl", "wandb_id.txt", "eval", "checkpoints", "tensorboard", "wandb")
 FREE_KEYS = ("run", "log", "data.cache", "train.resume", "train.keep_checkpoints", "train.log_every")
 """Keys that may differ between a run and its continuation: they decide where and how things are written, not what."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """path: the directory. checkpoint: where to continue from, or None. finished: the run is already done."""
+    """path: the directory. checkpoint: where to continue from, or None. finished: the run is already done.
+
+    failed_start: what it holds of an earlier start that came to nothing, and is removed when this one begins.
+    """
 
     path: Path
     checkpoint: Path | None = None
     finished: bool = False
+    failed_start: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -58,6 +64,7 @@ def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
 
     train.resume=auto: the same config continues its newest complete checkpoint, another config is refused, no checkpoint
     starts over, a finished run is said to be finished. never: the directory must hold no run. PATH: that checkpoint.
+    A start that failed before it had logged or saved a step is no run: any config may take its place.
     """
     run, resume = config["run"], str(config["train"]["resume"])
     path = (
@@ -66,18 +73,24 @@ def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
         else Path(run["root"]).expanduser() / (run["name"] or default_name(stage))
     )
     check_writable(path)
+    failed_start = False
     if (path / RECORD).is_file():
-        if resume == "never":
+        then = _recorded(path / RECORD)
+        failed_start = not _began(path)
+        if resume == "never" and not failed_start:
             raise CheckpointError(
                 f"run.dir={path} already holds a run and train.resume=never; give another run.dir or delete it"
             )
-        _check_same(path, _recorded(path / RECORD), {**config, "verb": verb})
+        if not failed_start:
+            _check_same(path, then, {**config, "verb": verb})
     elif path.is_dir() and any(entry.name != f".{RECORD}.tmp" for entry in path.iterdir()):
         raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
     if resume not in ("auto", "never"):
-        return RunDir(path, _chosen_checkpoint(Path(resume).expanduser()))
+        return RunDir(path, _chosen_checkpoint(Path(resume).expanduser()), failed_start=failed_start)
     found = complete(path / "checkpoints")
-    return RunDir(path, found[-1] if found else None, finished=(path / "summary.json").is_file())
+    return RunDir(
+        path, found[-1] if found else None, finished=(path / "summary.json").is_file(), failed_start=failed_start
+    )
 
 
 def create(
@@ -89,6 +102,8 @@ def create(
     """
     with writing(run.path, "set run.dir or run.root"):
         run.path.mkdir(parents=True, exist_ok=True)
+        if run.failed_start:
+            _clear(run.path)
         write_json(run.path / RECORD, {**config, "verb": verb})
         write_text(run.path / "config.yaml", yaml)
         write_text(run.path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
@@ -117,7 +132,26 @@ def _recorded(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read: {error}; give another run.dir or delete {path.parent}"
         ) from error
+    if not isinstance(recorded, dict) or not {"run", "train", "data", "model"} <= recorded.keys():
+        raise ConfigError(f"run.dir={path.parent} holds a {RECORD} that is no run's of posttrain; give another run.dir")
     return {"verb": "train", **recorded}
+
+
+def _began(path: Path) -> bool:
+    """Whether there is anything to lose: a checkpoint, a summary, or a logged training step."""
+    if complete(path / "checkpoints") or (path / "summary.json").is_file():
+        return True
+    log = path / "metrics.jsonl"
+    return log.is_file() and '"split": "train"' in log.read_text(encoding="utf-8", errors="replace")
+
+
+def _clear(path: Path) -> None:
+    """Delete what an earlier start left that came to nothing: its scores before training, its trackers' files."""
+    for name in LEFTOVERS:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
 
 
 def _check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

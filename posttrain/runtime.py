@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import resource
@@ -18,7 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from posttrain.errors import ConfigError
+from posttrain.alarm import Alarm
+from posttrain.errors import ConfigError, Stopped, tell_here
 
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -33,8 +35,7 @@ class Runtime:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         handlers = [
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # rank 0 may prepare data for long
-            # decoders' buffers never change; broadcasting them would tie evaluation's forwards together
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
         AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
         self.accelerator = Accelerator(
@@ -43,6 +44,7 @@ class Runtime:
         self.precision, self.compute_dtype = precision, COMPUTE[precision]
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.alarm = Alarm(self.rank, self.world) if self.world > 1 and "MASTER_PORT" in os.environ else None
         if self.device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise ConfigError("precision=bf16, but this GPU has no bf16; try precision=fp32")
 
@@ -59,7 +61,11 @@ class Runtime:
         find_unused: a forward may leave parameters without a gradient (experts that no token was sent to).
         """
         self.accelerator.ddp_handler.find_unused_parameters = find_unused
-        return self.accelerator.prepare(module)
+        wrapped: nn.Module = self.accelerator.prepare(module)
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            # decoders' buffers never change; broadcasting them would tie evaluation's forwards together
+            wrapped.broadcast_buffers = False
+        return wrapped
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -114,11 +120,44 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The run itself: an error on one rank ends all, and is told once, by the rank that met it first."""
+        try:
+            yield
+        except Stopped:  # by all ranks after the same step
+            self.close()
+            raise
+        except Exception as error:
+            self._fail(error)
+            raise
+        self.close()
+
     def close(self) -> None:
-        """Leave the process group, so that the next run in this process starts anew."""
-        if self.world > 1:
-            self.accelerator.end_training()
+        """What this run holds. The ranks stay joined: the next run in this process cannot join them anew by the same store."""
+        if self.alarm:
+            self.alarm.stop()
         self.accelerator.free_memory()
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the other ranks, or the error that another rank told before; then leave, so that none waits for this one."""
+        first = self.alarm.ring(f"{type(error).__name__}: {error}") if self.alarm else None
+        self.close()
+        if self.alarm is None:
+            return
+        tell_here(error, first is None)
+        if first:
+            error.add_note(f"rank {first[0]} had failed before: {first[1]}")
+        if self.device.type == "cpu":  # NCCL would wait for what is under way
+            _leave()
+        self.alarm.linger()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from posttrain import rundir
 from posttrain.checkpoint import TrainState
@@ -19,9 +18,9 @@ from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
-from posttrain.models.load import load_config, load_tokenizer
+from posttrain.models.load import load_config, load_tokenizer, position_limit
 from posttrain.models.networks import Head, Networks, build_network
-from posttrain.models.probe import check_forward, probe_positions, sliding_window
+from posttrain.models.probe import check_forward, check_rope, probe_positions, sliding_window
 from posttrain.optim import build_optimizer
 from posttrain.reference import Reference, check_start
 from posttrain.report.console import Console
@@ -104,6 +103,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
         cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends)
     )
     check_fits(cfg, policy, tokenizer)
+    check_rope(policy.network.config, np.concatenate([prepared.train.longest, prepared.eval.longest]))
     policy.to(runtime.device)
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     probe, loader.packing = probe_layout(cfg, policy, prepared, prepared.train.groups(probed), packing, runtime)
@@ -212,7 +212,7 @@ def check_fits(cfg: Config, policy: Any, tokenizer: Any) -> None:
 
 def check_positions(cfg: Config, config: Any) -> None:
     """Examples must fit the positions the model knows."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit and cfg.data.max_length > limit:
         raise ConfigError(
             f"data.max_length={cfg.data.max_length}, but the model's positions end at {limit}; "
@@ -250,10 +250,5 @@ def open_network(
     checkpointing: bool = False,
     head: Head | None = None,
 ) -> tuple[Any, str]:
-    """The network and its adapter's line; weights that cannot be read are the user's to mend, whoever finds it out."""
-    try:
-        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head)
-    except SafetensorError as error:
-        raise ModelError(
-            f"cannot read the weights of {model.path}: {error}; a .safetensors file there is cut short or is no such file"
-        ) from error
+    """The network and its adapter's line."""
+    return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head)

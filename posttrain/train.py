@@ -36,7 +36,7 @@ def train(cfg: Config) -> Summary:
     """The whole run of a config: returns its Summary, written to summary.json too."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
     console = Console(runtime.is_main)
-    try:
+    with runtime.together():
         config = cfg.as_dict()
         run = open_directory(cfg, config, runtime)
         if run.finished:
@@ -44,8 +44,6 @@ def train(cfg: Config) -> Summary:
             console.line(f"{run.path} is already finished ({summary.steps} steps); nothing to do")
             return summary
         return Trainer(open_session(cfg, runtime, console, run), config).run()
-    finally:
-        runtime.close()
 
 
 class Trainer:
@@ -97,6 +95,9 @@ class Trainer:
             start = self._evaluate(with_samples=True)
             self.logbook.evaluation(start, None)
             self.start = start
+            if self.state.best_value is None:
+                self._judge(start)
+                self.state.evaluations_since_best = 0  # even where the start's score is not finite
         narrate.start(self.session, self.start)
 
     def _fit(self) -> Evaluation | None:
@@ -116,7 +117,8 @@ class Trainer:
                 self._log()
             if state.step % self.eval_every == 0 or last:
                 evaluation = self._look(last)
-            if state.step % self.save_every == 0 or self._is_over or self.stopping:
+            due = state.step % self.save_every == 0 or state.best_step == state.step
+            if due or self._is_over or self.stopping:
                 self._save()
             if self._is_over:
                 break
@@ -177,12 +179,21 @@ class Trainer:
                 "model, the adapter or a library's kernel; try adapter=none, or model.attention=eager"
             )
         found = not_finite(norm, losses, step)
+        if self.runtime.world > 1:
+            found = self._first_cause(norm, found)
         if found:
             done = checkpoint.complete(self.session.run.checkpoints)
             raise TrainingError(
                 f"{found}. Nothing was updated; the last good checkpoint is {done[-1] if done else 'none yet'}. "
                 "Try a smaller optim.lr, or precision=fp32"
             )
+
+    def _first_cause(self, norm: torch.Tensor, found: str | None) -> str | None:
+        """Of all ranks: that of a rank whose loss is at fault, for the gradient, which all share, spoils with it."""
+        if torch.isfinite(norm):
+            return found
+        told = self.runtime.gather([found and found.replace("this rank's", f"rank {self.runtime.rank}'s")])
+        return next((cause for cause in told if cause and "loss" in cause), told[0])
 
     def _advance(self, step: Step, norm: float, lr: float, seconds: float) -> None:
         state = self.state
@@ -215,7 +226,10 @@ class Trainer:
         return self.session.evaluator(self.state.step, final=final, samples=with_samples)
 
     def _judge(self, evaluation: Evaluation) -> None:
-        """Best so far, and how long since; a score that is not finite is no best."""
+        """Best so far, and how long since; a score that is not finite is no best.
+
+        The start counts: where no later evaluation beats it, there is no best checkpoint.
+        """
         watched, state = self.cfg.stage.watches, self.state
         value = evaluation.value(watched)
         sign = 1 if watched in LOWER_IS_BETTER else -1

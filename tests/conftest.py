@@ -53,6 +53,23 @@ def smollm2() -> str:
 
 
 @pytest.fixture
+def mixture() -> None:
+    """`mixture`: a tiny mixture of experts, its config and tokenizer without weights (model.init=config)."""
+    from transformers import AutoTokenizer, MixtralConfig
+
+    from posttrain.models.embedded import DIRECTORY
+
+    tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config.save_pretrained("mixture")
+    tokenizer.save_pretrained("mixture")
+
+
+@pytest.fixture
 def run() -> Callable[..., Any]:
     """Run a stage in this process: run("stage=sft", "train.steps=3") → Summary. Small unless told otherwise."""
     from posttrain import run as posttrain_run

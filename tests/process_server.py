@@ -7,19 +7,30 @@ Each line of standard input is a JSON task, each line of standard output its res
      "send": [[target, call, signal], ...] | null,            or these signals, after those calls
      "kill_after_s": seconds | null,                          or SIGKILL at this time
      "max_file_bytes": bytes | null,                          every write past this size of a file is refused
-     "poison": [target, call] | null}                         this call's result (its first part) is made infinite
-    → {"status": as Popen.returncode, "output": text, "seconds": s}
+     "poison": [target, call] | null,                         this call's result (its first part) is made infinite
+     "fail": [target, call, message] | null,                  this call raises OSError(message): refused by the disk
+     "hang": target | null,                                   this call sleeps for good
+     "others": {...},                                         what befalls the ranks other than on_rank
+     "ranks": processes of one run (1),                       joined by gloo, as torchrun would start them
+     "on_rank": r | null}                                     what befalls it befalls this rank alone
+    → {"status": as Popen.returncode, of rank 0, "statuses": [of every rank], "output": text, "seconds": s}
+
+A rank that dies of SIGKILL takes the others along, as a machine that fails does. After 100 s all are killed.
 """
 
 import functools
 import gc
 import importlib
 import json
+import math
 import os
 import resource
 import signal
+import socket
 import sys
 import time
+
+LIMIT_S = 100
 
 
 def find(target):
@@ -65,8 +76,24 @@ def poison(target, number):
     setattr(holder, name, poisoned)
 
 
-def child(task):
+def refuse(target, number, message):
+    holder, name = find(target)
+    function, calls = getattr(holder, name), 0
+
+    def failing(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise OSError(28, message)
+        return function(*args, **kwargs)
+
+    setattr(holder, name, failing)
+
+
+def child(task, rank):
     os.chdir(task["folder"])
+    if task.get("on_rank") not in (None, rank):
+        task = {"arguments": task["arguments"], **task.get("others", {})}
     if task.get("max_file_bytes") is not None:
         limit = task["max_file_bytes"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -77,6 +104,10 @@ def child(task):
         at_call(target, number, lambda which=which: os.kill(os.getpid(), which), "after")
     if task.get("poison"):
         poison(*task["poison"])
+    if task.get("fail"):
+        refuse(*task["fail"])
+    if task.get("hang"):
+        at_call(task["hang"], 1, lambda: time.sleep(1_000), "before")
     from posttrain.cli import main
 
     status = main(task["arguments"])
@@ -85,29 +116,62 @@ def child(task):
     return status
 
 
+def start(task, rank, writing, launch):
+    """Fork one rank; launch: what a launcher puts into the environment."""
+    process = os.fork()
+    if process:
+        return process
+    status = 99
+    try:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        os.environ |= task.get("environment", {}) | launch
+        status = child(task, rank)
+    finally:
+        os._exit(status)
+
+
+def launched(ranks):
+    """The environment of each rank."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    same = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{k: str(v) for k, v in {**same, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(ranks)]
+
+
+def wait(processes, kill_at, until):
+    """Exit codes, as Popen gives them."""
+    codes = {}
+    while len(codes) < len(processes):
+        late = time.monotonic() > min(kill_at, until)
+        if late or -signal.SIGKILL in codes.values():
+            for process in processes.keys() - codes.keys():
+                os.kill(process, signal.SIGKILL)
+        for process in processes.keys() - codes.keys():
+            done, ended = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(ended)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
 def run(task):
     """The output goes through a pipe: a file would fall under max_file_bytes. It must fit the pipe's 64 kB."""
     began, (reading, writing) = time.monotonic(), os.pipe()
     sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        status = 99
-        try:
-            os.dup2(writing, 1)
-            os.dup2(writing, 2)
-            os.environ |= task.get("environment", {})
-            status = child(task)
-        finally:
-            os._exit(status)
+    environments = launched(task.get("ranks", 1))
+    processes = {start(task, rank, writing, launch): rank for rank, launch in enumerate(environments)}
     os.close(writing)
-    if task.get("kill_after_s") is not None:
-        time.sleep(task["kill_after_s"])
-        os.kill(process, signal.SIGKILL)
-    _, ended = os.waitpid(process, 0)
+    kill_after_s = task.get("kill_after_s")
+    statuses = wait(processes, math.inf if kill_after_s is None else began + kill_after_s, began + LIMIT_S)
     os.set_blocking(reading, False)  # processes that it left behind may still hold the other end
     with os.fdopen(reading, "rb") as pipe:
         output = (pipe.read() or b"").decode(errors="replace")
-    return {"status": os.waitstatus_to_exitcode(ended), "output": output, "seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    return {"status": statuses[0], "statuses": statuses, "output": output, "seconds": seconds}
 
 
 def main():

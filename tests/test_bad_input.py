@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,6 +65,7 @@ SETTINGS = [
     (["batch.micro_size=2", "batch.micro_tokens=64"], ["batch.micro_tokens=64 and batch.micro_size=2 are both given"]),
     (["train.epochs=1"], ["train.steps=4 and train.epochs=1 are both given"]),
     (["data.max_length=128"], ["data.max_length=128, but the model's positions end at 64"]),
+    (["model.rope_scaling={type: dynamic, factor: 4}", "data.max_length=300"], ["the model's positions end at 256"]),
     (["data.train="], ["model.path=embedded is given without data"]),
     (["model.path="], ["set model.path"]),
 ]
@@ -79,6 +81,7 @@ ROWS = [
     ("empty", [], ["d.jsonl: the file is empty"]),
     ("broken JSON", [ROW, '{"prompt": "1+1='], ["d.jsonl, line 2", "broken JSON"]),
     ("no column", [ROW, ROW, {"prompt": "1+1="}], ["d.jsonl, row 3, column 'completion'", "missing (this row has: prompt)"]),
+    ("no column in half the rows", [ROW, {"prompt": "1+1="}], ["d.jsonl, row 2, column 'completion'", "missing (this"]),
     ("no text", [ROW, {**ROW, "completion": 2}], ["d.jsonl, row 2, column 'completion'", "found int (2)"]),
     ("null", [ROW, ROW, {**ROW, "completion": None}], ["row 3, column 'completion'", "found null"]),
     ("empty completion", [ROW, {**ROW, "completion": ""}], ["row 2, column 'completion'", "found empty text"]),
@@ -176,6 +179,62 @@ class TestModel:
             json.dumps({**json.loads(Path("model/config.json").read_text()), "vocab_size": 50})
         )
         assert "the tokenizer has 99 tokens but" in tell(capfd, "model.path=model", "model.init=config")
+
+
+class TestAFailedStart:
+    """Nothing was logged of a training step and nothing saved: another config may take its place, and clears it."""
+
+    def fail(self, *options: str) -> dict[str, Any]:
+        """A start that fails in its first step; what it left."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("posttrain.train.not_finite", lambda *_: "the loss is not finite")
+            status = main(small_arguments("run.dir=r", "eval.generate=2", "eval.max_new_tokens=2", *options))
+        assert status == 1
+        assert {"config.json", "metrics.jsonl", "samples.jsonl", "eval"} <= {p.name for p in Path("r").iterdir()}
+        return json.loads(Path("r/config.json").read_text())
+
+    @pytest.mark.parametrize("resume", ["auto", "never"])
+    def test_a_corrected_config_takes_its_place(self, capfd: pytest.CaptureFixture[str], resume: str) -> None:
+        assert self.fail("log=tensorboard")["optim"]["lr"] == 1e-4
+        options = ("optim.lr=1e-5", "train.steps=1", f"train.resume={resume}")
+        assert main(small_arguments("run.dir=r", *options)) == 0
+        assert main(small_arguments("run.dir=fresh", *options)) == 0
+        files = [sorted(p.relative_to(run) for p in Path(run).rglob("*") if p.is_file()) for run in ("r", "fresh")]
+        assert files[0] == files[1], "something of the failed start remains"
+        assert json.loads(Path("r/config.json").read_text())["optim"]["lr"] == 1e-5
+        steps = [json.loads(line)["step"] for line in Path("r/metrics.jsonl").read_text().splitlines()]
+        assert steps == [0, 1, 1]
+
+    def test_but_not_of_what_has_trained(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.fail()
+        with Path("r/metrics.jsonl").open("a") as file:
+            file.write('{"step": 1, "split": "train", "time_s": 1.0, "metrics": {}}\n')
+        before = {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()}
+        assert main(small_arguments("run.dir=r", "optim.lr=1e-5")) == 2
+        assert "r holds a run with another config: eval.generate (2 there, 0 now)" in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in Path("r").rglob("*") if path.is_file()} == before
+
+    def test_nor_of_another_programs_folder(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """A model's directory has a config.json too."""
+        shutil.copytree(DIRECTORY, "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        before = {path: path.read_bytes() for path in Path("model").rglob("*") if path.is_file()}
+        assert main(small_arguments("run.dir=model")) == 2
+        assert "run.dir=model holds a config.json that is no run's of posttrain" in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in Path("model").rglob("*") if path.is_file()} == before
+
+
+def test_chat_with_nothing_says_so_alone() -> None:
+    """Asked for in earnest, the hub is not there: its retries are not told, what came of them is."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    code = (
+        "import time, sys; time.sleep = lambda s: None\n"
+        "from posttrain.cli import main\nsys.exit(main(['chat', 'nothere']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("posttrain: error: cannot load nothere: no such path here, and the hub gave: ")
 
 
 class TestRunDirectory:

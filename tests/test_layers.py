@@ -20,6 +20,7 @@ STOREYS = [
         "session",
         "runtime",
         "reference",
+        "alarm",
         "checkpoint",
         "resume",
         "rundir",

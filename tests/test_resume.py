@@ -46,6 +46,8 @@ STAGES = {
         "data.eval=embedded:pairs:40:held_out",
     ],
     "lora": [*STEPS, "stage=lora", "adapter.dropout=0.1", "optim.lr=1e-3"],
+    "qlora": [*STEPS, "stage=qlora", "adapter.dropout=0.1", "optim.lr=1e-3"],
+    "sft smoothed": [*STEPS, "stage.label_smoothing=0.1", "optim.lr=1e-5"],  # gets better: the best are saved too
 }
 MOMENTS = {
     "before the directory is a run": ("posttrain.rundir:write_json", 1, "before"),
@@ -132,6 +134,24 @@ def test_killed_and_started_again(posttrain_process: Run, whole: Path, stage: st
     assert again["status"] == 0, again["output"]
     assert (f"continues at step {max(saved)}" in again["output"]) if saved else ("continues" not in again["output"])
     assert_same_run("r", expected)
+
+
+def test_the_best_is_saved_when_it_is_found(posttrain_process: Run, whole: Path) -> None:
+    """At step 3, where no checkpoint is due, and killed before that one is written."""
+    expected = uninterrupted(whole, posttrain_process, "sft smoothed")
+    best = [line["step"] for line in log(expected) if line["split"] == "eval"][1:]
+    assert best == [3, 6, 9]
+    options = [*STAGES["sft smoothed"], "train.keep_checkpoints=99"]
+    killed = posttrain_process(*options, "run.dir=r", die=("posttrain.train:save_model", 2, "before"))
+    assert killed["status"] == -signal.SIGKILL
+    assert [p.name for p in Path("r/checkpoints").glob("step-*")] == ["step-000002"]
+    assert posttrain_process(*options, "run.dir=r")["status"] == 0
+    saved = sorted(int(p.name[5:]) for p in Path("r/checkpoints").iterdir())
+    assert saved == [2, 3, 4, 6, 8, 9]
+    assert log("r") == log(expected)
+    state = json.loads(Path("r/checkpoints/step-000003/state.json").read_text())
+    assert state["best_step"] == 3
+    assert json.loads(Path("r/summary.json").read_text())["best_checkpoint"] == "r/checkpoints/step-000009"
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -32,6 +32,7 @@ class Detected:
     roles: dict[str, str]
     reward_weights: dict[str, float]
     survey: Survey
+    poorer: str | None = None  # the format that every row has the columns of, where some lack what this one needs
 
     @property
     def format(self) -> str:
@@ -75,7 +76,8 @@ def detect_format(
     """The first spelling whose roles most rows have (if none has most, the one that the most rows have).
 
     format: data.format. mapping: data.columns, role → column. reward_weights: data.reward_weights, column → weight.
-    Rows that then lack a column are bad rows, not another format.
+    Rows that then lack a column are bad rows, not another format; so where even one row has what makes the spelling a
+    richer one (a completion beside its prompt), the others lack it: a column that is there is not left aside in silence.
     """
     if format != "auto" and format not in FORMATS:
         near = get_close_matches(format, FORMATS, n=1)
@@ -95,11 +97,14 @@ def detect_format(
         raise DataError(f"{source}: {_no_format(format, found)}")
     covered = [min((survey.counts[roles[role]] for role in s.needs if role in roles), default=0) for s in fitting]
     most = next((i for i, count in enumerate(covered) if 2 * count > survey.rows), covered.index(max(covered)))
-    if weights and fitting[most].format not in ("groups", "scored"):
+    plain = fitting[most]
+    richer = [i for i, s in enumerate(fitting) if covered[i] and set(s.needs) > set(plain.needs)]
+    chosen = fitting[max(richer, key=lambda i: covered[i])] if richer else plain
+    if weights and chosen.format not in ("groups", "scored"):
         raise DataError(
-            f"{source}: data.reward_weights is for the formats groups and scored, but these are {fitting[most].format}"
+            f"{source}: data.reward_weights is for the formats groups and scored, but these are {chosen.format}"
         )
-    return Detected(fitting[most], roles, weights, survey)
+    return Detected(chosen, roles, weights, survey, plain.format if chosen.format != plain.format else None)
 
 
 def _fits(spelling: Spelling, format: str, roles: dict[str, str], weights: dict[str, float], survey: Survey) -> bool:
@@ -109,8 +114,9 @@ def _fits(spelling: Spelling, format: str, roles: dict[str, str], weights: dict[
         return False
     if spelling.likely is None:
         return True
-    values = [row.get(roles[spelling.needs[-1]]) for row in survey.sample]
-    return 2 * sum(map(spelling.likely, values)) >= len(values)
+    found = [row.get(roles[spelling.needs[-1]]) for row in survey.sample]
+    values = [value for value in found if value is not None]
+    return bool(values) and 2 * sum(map(spelling.likely, values)) >= len(values)
 
 
 def _no_format(format: str, found: list[str]) -> str:
@@ -172,8 +178,9 @@ def _each(
             group = build(Row(values, number, file, detected.roles, used, detected.reward_weights, report.notes))
         except DataError as error:
             if on_bad_row != "skip":
+                other = f", or data.format={detected.poorer} to leave such columns aside" if detected.poorer else ""
                 raise DataError(
-                    f"{error}. Fix the row, or set data.on_bad_row=skip to skip and count such rows"
+                    f"{error}. Fix the row, or set data.on_bad_row=skip to skip and count such rows{other}"
                 ) from None
             report.skipped += 1
             if len(report.messages) < report.max_messages:

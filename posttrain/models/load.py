@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from posttrain.config import ModelConfig
 
 transformers_logging.disable_progress_bar()
+hub_logging.set_verbosity_error()  # each retry is a warning there; what came of them stands in our one error
 
 NOT_DECODERS = {
     "bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "bert-generation", "big_bird", "data2vec-text",
@@ -172,6 +175,9 @@ def _load_weights(
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(_cannot_read(model, "weights", error)) from error
+    except SafetensorError as error:
+        cut = f"{error}; a .safetensors file there is cut short or is no such file"
+        raise ModelError(_cannot_read(model, "weights", cut)) from error
     network, info = loaded
     missing = sorted(info.get("missing_keys", ()))
     if scores and missing == ["score.weight"]:
@@ -264,7 +270,21 @@ def _scale_rope(config: PreTrainedConfig, scaling: dict[str, Any]) -> None:
         config.max_position_embeddings = int(config.max_position_embeddings * float(scaling["factor"]))
 
 
-def _cannot_read(model: ModelConfig, what: str, error: Exception) -> str:
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest example the positions are made for; None where they have no end.
+
+    The library's config names the length before scaling (`dynamic` by definition, yarn in many models' files) or after it.
+    """
+    known = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kind, factor = scaling.get("rope_type"), scaling.get("factor")
+    if not known or kind not in ("dynamic", "yarn", "llama3", "longrope") or not isinstance(factor, int | float):
+        return known
+    original = known if kind == "dynamic" else scaling.get("original_max_position_embeddings") or known
+    return max(known, int(original * factor))
+
+
+def _cannot_read(model: ModelConfig, what: str, error: Exception | str) -> str:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     path = resolve_path(model.path)
     if Path(path).is_dir():

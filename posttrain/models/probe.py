@@ -149,6 +149,25 @@ def sliding_window(network: Any) -> int | None:
     return min((int(span) for span in found if isinstance(span, int) and span > 0), default=None)
 
 
+def check_rope(config: Any, lengths: np.ndarray) -> None:
+    """ModelError where the library's positions of one example would depend on the examples beside it and before it.
+
+    `dynamic` takes its frequencies from the longest sequence seen, `longrope` one of two sets by the longest of a batch.
+    """
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kind, known = scaling.get("rope_type"), getattr(config, "max_position_embeddings", None)
+    if kind not in ("dynamic", "longrope") or not known or not len(lengths):
+        return
+    original = known if kind == "dynamic" else scaling.get("original_max_position_embeddings") or known
+    if lengths.max() > original and (kind == "dynamic" or lengths.min() <= original):
+        longer = int((lengths > original).sum())
+        raise ModelError(
+            f"rope scaling of type {kind}: beyond {original} tokens ({longer:,} of {len(lengths):,} examples) an example's "
+            "positions depend on the examples beside it and before it, and so would every score. Use "
+            f"model.rope_scaling.type=yarn, ntk or linear, or data.max_length={original}"
+        )
+
+
 def probe_positions(
     longest: Sequence[int] | np.ndarray, window: int | None = None, max_tokens: int = 4096
 ) -> list[int]:

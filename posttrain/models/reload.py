@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.errors import ModelError
@@ -43,8 +44,9 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(found)
         model: Any = _base_of(found, base, dtype, tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        where = "" if Path(found).exists() else "no such path here, and the hub gave: "
+        raise ModelError(f"cannot load {path}: {where}{str(error).splitlines()[0]}") from error
     for number, adapter in enumerate(adapters):
         from peft import PeftModel
 

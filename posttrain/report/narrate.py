@@ -112,10 +112,12 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
     console.line(
         f"\n{summary.steps:,} steps{stopped}, {summary.tokens:,} tokens in {summary.seconds:.0f} s{speed}, {memory:.1f} GiB peak"
     )
-    if summary.best_checkpoint and summary.stopped_early:
+    if summary.best_checkpoint and session.state.best_step != summary.steps:
         console.line(
             f"model/ holds the last step's weights; the best evaluation's are in {summary.best_checkpoint}/model"
         )
+    elif first is not None and last is not None and last.metrics and not summary.best_checkpoint:
+        console.line(f"no later evaluation beat the start's {session.cfg.stage.watches}: there is no best checkpoint")
     console.facts("next", next_commands(summary, session.cfg.stage.generates))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,18 +73,25 @@ class Wandb:
         saved = directory / "wandb_id.txt"
         if not (resumed and saved.is_file()):
             write_text(saved, secrets.token_hex(4))
-        self.run = wandb.init(
-            project=options.project,
-            entity=options.entity,
-            mode=options.mode,
-            name=directory.name,
-            dir=str(directory),
-            id=saved.read_text(encoding="utf-8").strip(),
-            resume="allow" if resumed and options.mode == "online" else None,
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self.run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                mode=options.mode,
+                name=directory.name,
+                dir=str(directory),
+                id=saved.read_text(encoding="utf-8").strip(),
+                resume="allow" if resumed and options.mode == "online" else None,
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            told = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"log=wandb: {told}; log.mode=offline needs neither account nor network") from error
         self.run.define_metric("*", step_metric="step")
+        # its diary: on a full disk each line of it would print a traceback
+        for handler in logging.getLogger("wandb").handlers:
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
 
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
         self.run.log({"step": step, **{f"{split}/{k}": v for k, v in flatten(metrics).items()}})
@@ -104,6 +113,7 @@ class Tensorboard:
             raise ConfigError(
                 "log=tensorboard needs the package tensorboard; pip install 'posttrain[tensorboard]'"
             ) from error
+        _leave_to_the_next_line()
         purge = 0 if resumed_at is None else resumed_at + 1  # hides what a killed process logged past its checkpoint
         self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
         self.writer.add_text("config", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
@@ -117,6 +127,17 @@ class Tensorboard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _leave_to_the_next_line() -> None:
+    """TensorBoard writes in a thread; what the disk refuses there is raised at the next line or flush, and told once."""
+    others = threading.excepthook
+
+    def hook(found: Any) -> None:
+        if not (isinstance(found.exc_value, OSError) and type(found.thread).__module__.startswith("tensorboard.")):
+            others(found)
+
+    threading.excepthook = hook
 
 
 def open_sinks(options: Any, directory: Path, config: dict[str, Any], resumed_at: int | None) -> list[Sink]:

@@ -10,7 +10,7 @@ from posttrain.errors import DataError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
-from posttrain.models.probe import probe_positions, sliding_window
+from posttrain.models.probe import check_rope, probe_positions, sliding_window
 from posttrain.reference import Reference
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 def evaluate(cfg: Config) -> Summary:
     """Score data.eval (or the held-out part of data.train); writes metrics, records and samples to the run directory."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
+    with runtime.together():
+        return _evaluate(cfg, runtime)
+
+
+def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
     console, config = Console(runtime.is_main), cfg.as_dict()
     run = open_directory(cfg, config, runtime, "eval")
     tokenizer = load_tokenizer(cfg.model)
@@ -46,6 +51,7 @@ def evaluate(cfg: Config) -> Summary:
     ends = stop_ids(prepared, tokenizer)
     policy, described = open_network(cfg, runtime, cfg.model, cfg.adapter, head=cfg.stage.head(ends))
     check_fits(cfg, policy, tokenizer)
+    check_rope(policy.network.config, prepared.eval.longest)
     policy.to(runtime.device)
     packing = packing_of(cfg, runtime.device.type, prepared)
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))

@@ -14,10 +14,52 @@ def test_detection_looks_at_the_whole_file_and_the_richest_format_of_most_rows_w
         detect([*rows, {"prompt": "q", "completion": "a", "chosen": "c", "rejected": "r"}]).format
         == "prompt_completion"
     )
-    assert detect([{"prompt": "q", "completion": None}] * 3 + rows[:1]).format == "prompts"
+    assert detect([{"prompt": "q", "completion": None}] * 3).format == "prompts"
     assert detect([{"text": "t", "prompt": "q", "messages": CHAT}]).format == "messages"
     assert detect([{"prompt": "q", "messages": CHAT, "chosen": CHAT, "rejected": CHAT}]).spelling.name == "pairs"
     assert detect([{"instruction": "q", "input": "", "output": "a", "text": "qa"}]).spelling.name == "alpaca"
+
+
+PROMPT = {"prompt": "q"}
+ANSWERED, PAIR = {**PROMPT, "completion": "a"}, {**PROMPT, "chosen": "a", "rejected": "b"}
+GROUP = {**PROMPT, "responses": ["a", "b"], "rewards": [1, 0]}
+LACKING = [
+    ([ANSWERED, PROMPT], 2, "completion", "prompts"),
+    ([PROMPT, PROMPT, PROMPT, ANSWERED], 1, "completion", "prompts"),
+    ([{**PROMPT, "completion": None}, ANSWERED], 1, "completion", "prompts"),
+    ([PAIR, {**PROMPT, "chosen": "a"}], 2, "rejected", "prompts"),
+    ([{**PROMPT, "rejected": "a"}, PAIR], 1, "chosen", "prompts"),
+    ([PAIR, {"chosen": "q a", "rejected": "q b"}], 2, "prompt", None),
+    ([GROUP, PROMPT], 2, "responses", "prompts"),
+    ([GROUP, {**PROMPT, "responses": ["a", "b"]}], 2, "rewards", None),
+    ([{"messages": CHAT[:1], "chosen": "a", "rejected": "b"}, {"messages": CHAT[:1]}], 2, "chosen", "messages"),
+    ([{**ANSWERED, "reward": 1.0}, ANSWERED], 2, "reward", "prompt_completion"),
+    ([ANSWERED, ANSWERED, {**ANSWERED, "label": True}], 1, "label", "prompt_completion"),
+    ([{"instruction": "q", "output": "a"}, {"instruction": "q"}], 2, "output", None),
+]
+
+
+@pytest.mark.parametrize(("rows", "row", "column", "otherwise"), LACKING)
+def test_a_row_that_lacks_what_another_has_is_named(rows, row, column, otherwise):
+    """However few have it: the rows that lack it are not made a poorer format of, with the column left aside."""
+    message = error_of(rows)
+    assert message.startswith(f"f.jsonl, row {row}, column '{column}': ")
+    has = ", ".join(rows[row - 1])
+    assert f"missing (this row has: {has})" in message or "found null" in message
+    assert (f"or data.format={otherwise} to leave" in message) == (otherwise is not None)
+    if otherwise:
+        assert detect(rows, format=otherwise).format == otherwise
+
+
+def test_columns_that_may_be_absent_stay_so():
+    some = {"system": "s", "margin": 0.5, "id": 7, "note": "n"}
+    for row in (ANSWERED, PAIR, GROUP, {"messages": CHAT}, {"text": "t"}, {"instruction": "q", "output": "a"}):
+        alone = detect([row]).spelling
+        for rows in ([row, {**row, **some}], [{**row, **some}, row, row]):
+            assert detect(rows).spelling == alone
+    assert detect([{**ANSWERED, "label": "news"}, ANSWERED]).format == "prompt_completion"
+    alpaca = {"instruction": "q", "output": "a"}
+    assert detect([alpaca, {**alpaca, "input": "i"}]).spelling.name == "alpaca"
 
 
 def test_a_label_that_is_a_class_is_no_thumb():

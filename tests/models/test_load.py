@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 from families import GROUPS, own_logprobs
@@ -19,8 +20,9 @@ from posttrain.data.batches import collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
 from posttrain.models import embedded
-from posttrain.models.load import load_config, load_model, load_tokenizer
+from posttrain.models.load import load_config, load_model, load_tokenizer, position_limit
 from posttrain.models.policy import Policy
+from posttrain.models.probe import check_rope
 
 
 def given(path: str, **settings: Any) -> ModelConfig:
@@ -110,6 +112,48 @@ def test_dynamic_changes_nothing_within_the_length_it_knows() -> None:
     config, found = frequencies(wide(), type="dynamic", factor=4)
     torch.testing.assert_close(found, plain)
     assert config.max_position_embeddings == 2048  # the library scales from this one
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "ntk"])
+def test_scaled_positions_end_at_factor_times_the_original(kind: str) -> None:
+    """Whether the library's config names the length before scaling (dynamic) or after it, as given and as reloaded."""
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    config = load_config(given(wide(), rope_scaling={"type": kind, "factor": 4, **more}))
+    assert position_limit(config) == 4 * 2048
+    config.save_pretrained("saved")
+    assert position_limit(load_config(given("saved"))) == 4 * 2048
+    assert position_limit(load_config(given(wide()))) == 2048
+    assert position_limit(load_config(given(config_file("mamba", **families.SSM)))) is None
+
+
+def test_a_config_that_names_its_length_before_yarn() -> None:
+    """As Qwen2.5's own instructions have it: max_position_embeddings stays, rope_scaling is added."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "rope_theta": 1e4}
+    assert position_limit(load_config(given(wide(rope_parameters=scaling)))) == 8192
+
+
+@torch.no_grad()
+def test_dynamic_scaling_lets_a_long_example_move_a_short_one_so_it_is_refused() -> None:
+    """By the library alone: beside a row past the known length, and after it, a short row's states are others."""
+    path = config_file("llama", **{**families.LLAMA, "max_position_embeddings": 16})
+
+    def states(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return network.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0, :8]
+
+    for kind, moves in (("dynamic", True), ("yarn", False)):
+        model = given(path, rope_scaling={"type": kind, "factor": 4})
+        config = load_config(model)
+        network = load_model(model, config, torch.float32, 0).eval()
+        ids = torch.arange(48)[None] % 90 + 2
+        alone, beside = states(ids[:, :8], torch.arange(8)[None]), states(ids, torch.arange(48)[None])
+        assert (float((alone - beside).abs().max()) > 1e-4) is moves
+        lengths = np.array([8, 16, 48])
+        if moves:
+            with pytest.raises(ModelError, match=r"type dynamic: beyond 16 tokens \(1 of 3 examples\)"):
+                check_rope(config, lengths)
+        check_rope(config, lengths[:2])
+        if not moves:
+            check_rope(config, lengths)
 
 
 @pytest.mark.parametrize(
