@@ -15,7 +15,10 @@ from posttrain.checkpoint import TrainState
 from posttrain.data.batches import Packing
 from posttrain.data.loader import Loader, Order
 from posttrain.data.pipeline import Prepared, prepare
+from posttrain.data.streaming.prepare import prepare_stream
+from posttrain.data.streaming.stream import StreamLoader
 from posttrain.data.tokenize import end_ids, end_of_turn
+from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.models.load import load_config, load_tokenizer
@@ -50,7 +53,7 @@ class Session:
     run: RunDir
     prepared: Prepared
     networks: Networks
-    loader: Loader
+    loader: Loader | StreamLoader
     evaluator: Evaluator
     optimizer: torch.optim.Optimizer
     state: TrainState
@@ -87,10 +90,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     prepared = prepare_data(cfg, tokenizer, runtime)
     ends = stop_ids(prepared, tokenizer)
     packing = packing_of(cfg, runtime.device.type)
-    order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, _mix(cfg))
-    loader = Loader(
-        prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens, rank=runtime.rank, world=runtime.world
-    )
+    loader = open_loader(cfg, prepared, packing, runtime.rank, runtime.world)
     steps, draws = count_steps(cfg, loader)
     if cfg.train.patience is not None and not len(prepared.eval):
         raise ConfigError(f"train.patience={cfg.train.patience} needs scores, but no evaluation example was held out")
@@ -105,6 +105,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
     state = restore(run, optimizer, runtime, cfg.train.seed)
+    prepared.lines += loader.restore(state.stream) if state.step else []
     if state.step > steps:
         raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(
@@ -113,9 +114,22 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
 
 
 def prepare_data(cfg: Config, tokenizer: Any, runtime: Runtime) -> Prepared:
-    """Rank 0 tokenises, then every rank opens what it wrote."""
-    on_main(runtime, lambda: prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed) and None)
-    return prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed)
+    """Rank 0 tokenises (of a stream the evaluation data alone), then every rank opens what it wrote."""
+    make = prepare_stream if cfg.data.streaming else prepare
+    on_main(runtime, lambda: make(cfg.data, tokenizer, cfg.stage, cfg.train.seed) and None)
+    return make(cfg.data, tokenizer, cfg.stage, cfg.train.seed)
+
+
+def open_loader(
+    cfg: Config, prepared: Prepared, packing: Packing, rank: int = 0, world: int = 1
+) -> Loader | StreamLoader:
+    """Where steps come from."""
+    if prepared.stream:
+        return StreamLoader(prepared.stream, packing, cfg.batch.size, cfg.batch.tokens, rank, world)
+    assert isinstance(prepared.train, TokenDataset)
+    mix = list(cfg.data.mix) if cfg.data.mix else None
+    order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, mix)
+    return Loader(prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens, rank, world)
 
 
 def packing_of(cfg: Config, device: str) -> Packing:
@@ -127,12 +141,13 @@ def packing_of(cfg: Config, device: str) -> Packing:
     return Packing(layout, budget, cfg.batch.micro_size, one_row=flash, overhead_tokens=OVERHEAD_TOKENS[device])
 
 
-def count_steps(cfg: Config, loader: Loader) -> tuple[int, int | None]:
+def count_steps(cfg: Config, loader: Loader | StreamLoader) -> tuple[int, int | None]:
     """Optimizer steps, and how many examples are drawn where epochs count."""
     if cfg.train.steps:
         return cfg.train.steps, None
     epochs = cfg.train.epochs
     assert epochs is not None, "the config gives steps or epochs"
+    assert isinstance(loader, Loader), "a stream is counted in steps"
     return loader.count_steps(epochs), round(epochs * len(loader.data))
 
 
@@ -174,10 +189,6 @@ def source_dtype(cfg: Config) -> torch.dtype | None:
 def _first(prepared: Prepared) -> list[Any]:
     data = prepared.train if len(prepared.train) else prepared.eval
     return data.groups(range(min(64, len(data))))
-
-
-def _mix(cfg: Config) -> list[float] | None:
-    return list(cfg.data.mix) if cfg.data.mix else None
 
 
 def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: str = "train") -> RunDir:

@@ -29,6 +29,15 @@ STAGES = {
     "sft": [*STEPS, *SAMPLES],
     "pretrain": [*STEPS, "stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:40:held_out"],
     "lora": [*STEPS, "stage=lora", "adapter.dropout=0.1", "optim.lr=1e-3"],
+    "streaming": [
+        *STEPS,
+        "stage=pretrain",
+        "data.train=[embedded:text:40,embedded:text:25]",
+        "data.eval=",
+        "data.eval_fraction=0.2",
+        "data.streaming=true",
+        "data.shuffle_buffer=17",
+    ],
 }
 MOMENTS = {
     "before the directory is a run": ("posttrain.rundir:write_json", 1, "before"),

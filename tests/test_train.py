@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import small_arguments
 from safetensors.torch import load_file
 
 Run = Callable[..., Any]
@@ -81,23 +82,11 @@ def test_same_seed_same_bits_and_another_seed_another_run(run: Run) -> None:
     assert losses("a") != losses("c")
 
 
-def test_two_ranks_give_what_one_does(run: Run) -> None:
-    options = ["train.steps=5", "train.eval_every=5", "batch.size=7"]  # 7: the ranks' shares differ
-    one = run(*options, "run.dir=one")
-    arguments = [*options, "train.log_every=1", "eval.generate=16", "eval.verifier=exact", "eval.max_new_tokens=4"]
-    arguments += ["eval.resamples=200", "data.train=embedded:prompt_completion:200", "model.path=embedded"]
-    arguments += ["data.eval=embedded:prompt_completion:40:held_out", "precision=fp32", "data.max_length=64"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29611",
-        "-m",
-        "posttrain",
-    ]
+def on_two_ranks(port: int, *arguments: str) -> str:
+    """Run posttrain in two processes; returns what they said."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     with Path("out.txt").open("w") as output:
-        command = [*launch, *arguments, "optim.lr=1e-4", "run.dir=two"]
+        command = [*launch, "-m", "posttrain", *arguments]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(200)
@@ -107,6 +96,33 @@ def test_two_ranks_give_what_one_does(run: Run) -> None:
     said = Path("out.txt").read_text()
     assert status == 0, said
     assert "2 processes" in said
+    return said
+
+
+def test_a_streamed_run_of_one_rank_goes_on_with_two(run: Run) -> None:
+    """Its losses are those of one rank that never stopped, so the ranks share each step's examples."""
+    options = ["stage=pretrain", "data.train=[embedded:text:60,embedded:text:45]", "data.eval=", "data.streaming=true",
+               "data.shuffle_buffer=23", "data.eval_fraction=0.2", "batch.size=7", "train.steps=14", "train.eval_every=14",
+               "train.save_every=5", "train.keep_checkpoints=9"]  # fmt: skip
+    run(*options, "run.dir=one")
+    arguments = [argument for argument in small_arguments(*options, "run.dir=two") if not argument.endswith("=")]
+    said = on_two_ranks(29612, *arguments, "train.resume=one/checkpoints/step-000005")
+    assert "goes on in block" in said
+    assert len(losses("two")) == 14 - 5
+    assert losses("two") == pytest.approx(losses("one")[5:], rel=1e-5)
+    assert_same_weights("one", "two", 1e-4)
+    states = [json.loads(Path(f"{name}/checkpoints/step-000014/state.json").read_text()) for name in ("one", "two")]
+    assert states[0]["stream"] == states[1]["stream"]
+    assert states[0]["stream"]["feeds"][0]["epoch"] > 0
+
+
+def test_two_ranks_give_what_one_does(run: Run) -> None:
+    options = ["train.steps=5", "train.eval_every=5", "batch.size=7"]  # 7: the ranks' shares differ
+    one = run(*options, "run.dir=one")
+    arguments = [*options, "train.log_every=1", "eval.generate=16", "eval.verifier=exact", "eval.max_new_tokens=4"]
+    arguments += ["eval.resamples=200", "data.train=embedded:prompt_completion:200", "model.path=embedded"]
+    arguments += ["data.eval=embedded:prompt_completion:40:held_out", "precision=fp32", "data.max_length=64"]
+    on_two_ranks(29611, *arguments, "optim.lr=1e-4", "run.dir=two")
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
     assert_same_weights("one", "two", 1e-4)
     two = json.loads(Path("two/summary.json").read_text())

@@ -108,6 +108,23 @@ class TokenDataset:
         return tuple(arrays)  # type: ignore[return-value]
 
 
+class Examples:
+    """A few TokenGroups in memory, with what planning needs of them; see TokenDataset."""
+
+    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+        self.held = list(groups)
+        self.lengths = np.array([sum(group.lengths) for group in groups], dtype=np.int64)
+        self.longest = np.array([max(group.lengths) for group in groups], dtype=np.int64)
+        self.trained = np.array([group.trained_tokens for group in groups], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def groups(self, positions: Sequence[int] | np.ndarray) -> list[TokenGroup]:
+        """The Groups at these positions, in this order."""
+        return [self.held[position] for position in positions]
+
+
 def _sums(lists: Any) -> np.ndarray:
     """Sum of each list of booleans in an Arrow list array."""
     values = np.concatenate([[0], np.cumsum(lists.flatten().to_numpy(zero_copy_only=False))])
