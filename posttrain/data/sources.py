@@ -120,6 +120,7 @@ def _stream_row(path: str) -> Rows:
 
 
 def check_file(path: str) -> None:
+    """DataError where there is no such file, or it is of no known kind."""
     if not os.path.exists(path):
         raise DataError(_missing(path))
     if os.path.isdir(path):
@@ -148,10 +149,9 @@ def load_hub(source: str, streaming: bool = False) -> Any:
     match = HUB_ID.fullmatch(source.removeprefix("hub:"))
     if match is None:
         raise DataError(f"{source}: not a hub id; accepted: org/name, org/name:config, org/name@split")
+    options = {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(
-            match["name"], match["config"], split=match["split"] or "train", streaming=streaming
-        )
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", **options)
     except Exception as error:  # the library's exceptions have no common ancestor
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(

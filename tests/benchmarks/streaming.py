@@ -34,7 +34,7 @@ MIB = 2**20
 def generate(path: Path, megabytes: int) -> int:
     """Documents of 50 to 1,000 made-up words; returns how many."""
     draw = np.random.default_rng(0)
-    syllables = [a + b for a in "b d f g k l m n p r s t v".split() for b in "a e i o u".split()]
+    syllables = [a + b for a in "bdfgklmnprstv" for b in "aeiou"]
     words = np.array(["".join(draw.choice(syllables, draw.integers(1, 5))) for _ in range(5_000)])
     count = written = 0
     with path.open("w") as file:
@@ -63,7 +63,8 @@ def read(path: str, model: str) -> dict[str, Any]:
         if stream.feeds[0].epoch:  # the last block is not full, so reading it has come to the epoch's end
             break
     return {"peak_mib": peak() / MIB, "before_mib": before / MIB, "seconds": time.monotonic() - began,
-            "examples": stream.tally.examples, "held_out": stream.tally.held_out, "groups": stream.tally.counts.groups}  # fmt: skip
+            "examples": stream.tally.examples, "held_out": stream.tally.held_out,
+            "groups": stream.tally.counts.groups}  # fmt: skip
 
 
 def peak() -> int:
@@ -120,6 +121,7 @@ def main() -> None:
 One epoch of generated text, tokenised by {Path(options.model).name}'s tokenizer, data.max_length=1024,
 data.shuffle_buffer={BUFFER}, steps of 32 made into tensors; no model. Resident memory in MiB: before the first step (libraries,
 tokenizer, evaluation set), and the peak. Examples: trained on + held out.
+The machine was shared while this ran, so MB/s is a lower bound.
 
 | file | MB | examples | before | peak | MB/s |
 |---|---|---|---|---|---|
