@@ -6,10 +6,7 @@ are the evaluation set, and the rest of that share is trained on by nobody eithe
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from posttrain.data import cache
 from posttrain.data.formats import describe
 from posttrain.data.pipeline import (
-    VERSION,
     Prepared,
     Source,
     check_mix,
@@ -30,10 +26,10 @@ from posttrain.data.pipeline import (
 from posttrain.data.sources import check_file, is_hub_id, is_text_stream, kind_of
 from posttrain.data.streaming.cursors import RowCursor, is_sought
 from posttrain.data.streaming.feed import Feed
+from posttrain.data.streaming.identity import keys_of
 from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader
 from posttrain.data.streaming.stream import Stream
 from posttrain.data.streaming.tally import Tally
-from posttrain.data.text import reading as opening
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup, Writer, read
 from posttrain.errors import ConfigError, DataError
 
@@ -50,9 +46,6 @@ EVAL_LIMIT = 500
 SHOWN = 64
 """Training examples read beforehand: to show one, and to check the model on."""
 
-ENDS = 1 << 20
-"""Bytes at each end of a file by which, with its size, it is known again."""
-
 
 def prepare_stream(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepared:
     """As `pipeline.prepare`, of data.train as it streams; only the evaluation set is written (to data.cache)."""
@@ -66,7 +59,7 @@ def prepare_stream(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) ->
     fraction = 0.0 if given else data.eval_fraction
     reading = Reading(data, encoding, tokenizer, stage, seed, fraction)
     held_out = Reading(data, encoding, tokenizer, stage, seed, 1.0 if given else fraction, wants_held_out=True)
-    keys = _keys(reading, sources)
+    keys = keys_of(reading, sources, EVAL_LIMIT)
     directory = cache.cache_root(data.cache) / keys["eval"]
     reused = cache.is_built(directory)
     if not reused:
@@ -178,44 +171,3 @@ def _lines(train: list[Source], given: list[Source], data: DataConfig, count: in
             "rest of that share is not trained on either"
         )
     return lines
-
-
-def _keys(reading: Reading, sources: list[Source]) -> dict[str, str]:
-    """train: of the stream, for a checkpoint; eval: of the evaluation set, for the cache."""
-    free = ("cache", "streaming", "on_bad_row", "max_lost_fraction", "train", "eval", "eval_limit")
-    of_stream = {name: value for name, value in asdict(reading.data).items() if name not in free}
-    of_eval = {name: value for name, value in of_stream.items() if name not in ("shuffle", "shuffle_buffer", "mix")}
-    common = {
-        "version": VERSION,
-        "encoding": asdict(reading.encoding),
-        "tokenizer": cache.tokenizer_fingerprint(reading.tokenizer),
-        "stage": (type(reading.stage).__name__, reading.seed, reading.fraction),
-    }
-    known = [(source.side, _known_by(source)) for source in sources]
-    named = [(source.name, _changed(source)) for source in sources]
-    limits = (reading.data.eval_limit, EVAL_LIMIT, reading.data.on_bad_row)
-    streamed = [part for part in known if part[0] == "train"]
-    return {
-        "train": cache.digest({**common, "sources": streamed, "options": of_stream}),
-        "eval": cache.digest({**common, "sources": known, "names": named, "options": of_eval, "limits": limits}),
-    }
-
-
-def _known_by(source: Source) -> str:
-    """Size and both ends of a file, the first rows of a hub data set: to read all of it is what streaming avoids."""
-    if is_embedded(source.name):
-        return source.name
-    if is_hub_id(source.name):
-        assert source.detected is not None
-        return cache.digest({"name": source.name, "rows": source.detected.survey.sample})
-    with opening(source.name), open(source.name, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        ends = file.read(ENDS)
-        file.seek(max(0, size - ENDS))
-        return f"{size} {hashlib.blake2b(ends + file.read(), digest_size=12).hexdigest()}"
-
-
-def _changed(source: Source) -> int | None:
-    """When a file was last changed: its middle may differ where size and ends are the same."""
-    is_file = not is_embedded(source.name) and not is_hub_id(source.name)
-    return os.stat(source.name).st_mtime_ns if is_file else None
