@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, never half. A directory is written under another name, flushed, and renamed.
 
 `checkpoints/step-000100/` holds model/ (weights or adapter as transformers or peft load them), optimizer.pt, rng.pt (one state a
-rank) and state.json (step, counters, best so far, what each rank has pooled for the log).
+rank) and state.json (step, counters, best so far, what each rank has pooled for the log, where a stream of data is).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class TrainState:
     evaluations_since_best: int = 0
     pooled: list[dict[str, list[float]]] = field(default_factory=list)
     reference: dict[str, str] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
 
 
 def name_of(step: int) -> str:

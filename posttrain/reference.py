@@ -17,8 +17,9 @@ from posttrain.data import cache
 from posttrain.data.batches import collate
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.packing import Packing
+from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import TokenDataset, TokenGroup
-from posttrain.errors import ModelError
+from posttrain.errors import ConfigError, ModelError
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import build_network
 
@@ -31,6 +32,39 @@ VERSION = 1
 TOLERANCE = {"fp32": 1e-3, "tf32": 1e-1}
 HALF_TOLERANCE = 2.0
 """Nats a response by which the start may differ from its own stored log-probs: other batches round otherwise."""
+
+
+def attach(
+    cfg: Config,
+    runtime: Runtime,
+    prepared: Prepared,
+    packing: Packing,
+    tokenizer: Any,
+    keys: dict[str, str],
+    start: Policy | None,
+    probed: list[int],
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Give prepared's datasets the reference's log-probs where the stage wants them.
+
+    keys: of an earlier part of this run. start: the policy where it is still the start, else None. Returns the keys that were
+    used and what the start-up check, on the training examples `probed`, found.
+    """
+    sampled = len(prepared.train) > 0 and bool(prepared.train.groups([0])[0].sampler_logprobs)
+    wanted = cfg.stage.needs_reference(sampled)
+    if cfg.model.reference is not None and wanted == "never":
+        raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
+    if wanted == "never":
+        return {}, {}
+    reference = Reference(cfg, runtime, packing, tokenizer, keys)
+    if len(prepared.eval):
+        prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, start)
+    if wanted != "always":
+        return reference.keys, {}
+    assert isinstance(prepared.train, TokenDataset), "preference stages are not streamed"
+    prepared.train = reference.attach("train", prepared.train, prepared.fingerprint, start)
+    if start is None or cfg.model.reference is not None:
+        return reference.keys, {}
+    return reference.keys, {"reference": check_start(start, prepared.train.groups(probed), packing, runtime)}
 
 
 class Reference:

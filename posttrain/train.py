@@ -197,7 +197,7 @@ class Trainer:
 
     def _advance(self, step: Step, norm: float, lr: float, seconds: float) -> None:
         state = self.state
-        state.step, state.lr = state.step + 1, lr
+        state.step, state.lr, state.stream = state.step + 1, lr, step.stream
         state.tokens, state.trained_tokens = state.tokens + step.tokens, state.trained_tokens + step.trained_tokens
         state.seconds += seconds
         self.meter.add_step(norm, self.cfg.optim.max_grad_norm, step.tokens, seconds)
@@ -207,10 +207,13 @@ class Trainer:
         state, speed = self.state, self.meter.tokens_per_second
         metrics: dict[str, Any] = dict(self.meter.flush())
         metrics |= {"lr": state.lr, "tokens": state.tokens, "trained_tokens": state.trained_tokens}
+        metrics |= self.session.loader.metrics()
         metrics |= {"tokens_per_second": speed, "peak_memory_bytes": self.runtime.peak_memory_bytes()}
         self.logbook.log("train", state.step, metrics)
         told = f"loss {metrics['loss']:.4f}" + (f"  {speed:,.0f} tok/s" if speed else "")
         self.session.console.logged(state.step, self.session.steps, told)
+        for line in self.session.loader.news():
+            self.session.console.line(f"  · {line}")
 
     def _look(self, last: bool) -> Evaluation:
         """Evaluate while training; the evaluation that ends the run, by steps or by patience, is a final one."""

@@ -9,7 +9,7 @@ import torch
 from conftest import small_arguments
 
 from posttrain.config import resolve
-from posttrain.data.batches import Packing
+from posttrain.data.packing import Packing
 from posttrain.data.pipeline import prepare
 from posttrain.evaluate import Evaluation, Evaluator, Sample
 from posttrain.models.load import load_tokenizer

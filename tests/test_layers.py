@@ -20,6 +20,7 @@ STOREYS = [
         "session",
         "runtime",
         "reference",
+        "layout",
         "alarm",
         "checkpoint",
         "resume",

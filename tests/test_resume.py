@@ -48,6 +48,15 @@ STAGES = {
     "lora": [*STEPS, "stage=lora", "adapter.dropout=0.1", "optim.lr=1e-3"],
     "qlora": [*STEPS, "stage=qlora", "adapter.dropout=0.1", "optim.lr=1e-3"],
     "sft smoothed": [*STEPS, "stage.label_smoothing=0.1", "optim.lr=1e-5"],  # gets better: the best are saved too
+    "streaming": [
+        *STEPS,
+        "stage=pretrain",
+        "data.train=[embedded:text:40,embedded:text:25]",
+        "data.eval=",
+        "data.eval_fraction=0.2",
+        "data.streaming=true",
+        "data.shuffle_buffer=17",
+    ],
 }
 MOMENTS = {
     "before the directory is a run": ("posttrain.rundir:write_json", 1, "before"),

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +137,40 @@ def test_same_seed_same_bits_and_another_seed_another_run(run: Run) -> None:
     assert log("a") == log("b")
     assert_same_weights("a", "b", 0.0)
     assert losses("a") != losses("c")
+
+
+def on_two_ranks(*arguments: str) -> str:
+    """Run posttrain in two processes; returns what they said."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with Path("out.txt").open("w") as output:
+        command = [*launch, "-m", "posttrain", *arguments]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(200)
+        finally:
+            if process.poll() is None:  # the ranks too, not the launcher alone
+                os.killpg(process.pid, signal.SIGKILL)
+    said = Path("out.txt").read_text()
+    assert status == 0, said
+    assert "2 processes" in said
+    return said
+
+
+def test_a_streamed_run_of_one_rank_goes_on_with_two(run: Run) -> None:
+    """Its losses are those of one rank that never stopped, so the ranks share each step's examples."""
+    options = ["stage=pretrain", "data.train=[embedded:text:60,embedded:text:45]", "data.eval=", "data.streaming=true",
+               "data.shuffle_buffer=23", "data.eval_fraction=0.2", "batch.size=7", "train.steps=14", "train.eval_every=14",
+               "train.save_every=5", "train.keep_checkpoints=9"]  # fmt: skip
+    run(*options, "run.dir=one")
+    arguments = [argument for argument in small_arguments(*options, "run.dir=two") if not argument.endswith("=")]
+    said = on_two_ranks(*arguments, "train.resume=one/checkpoints/step-000005")
+    assert "goes on in block" in said
+    assert len(losses("two")) == 14 - 5
+    assert losses("two") == pytest.approx(losses("one")[5:], rel=1e-5)
+    assert_same_weights("one", "two", 1e-4)
+    states = [json.loads(Path(f"{name}/checkpoints/step-000014/state.json").read_text()) for name in ("one", "two")]
+    assert states[0]["stream"] == states[1]["stream"]
+    assert states[0]["stream"]["feeds"][0]["epoch"] > 0
 
 
 def test_training_improves_and_the_interval_excludes_the_start(run: Run) -> None:

@@ -23,6 +23,7 @@ def check(config: Config, verb: str = "train") -> None:
     _one_of(config, "schedule.warmup_steps", "schedule.warmup_fraction")
     _one_of(config, "run.dir", "run.name")
     _check_schedule(config)
+    _check_streaming(config, verb)
     if config.adapter.path is not None and config.adapter.name == "none":
         raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
     if config.eval.verifier != "none" and config.eval.generate == 0:
@@ -68,6 +69,25 @@ def _check_schedule(config: Config) -> None:
     if warmup is not None and steps is not None and warmup >= steps:
         raise ConfigError(
             f"schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}; try {max(1, steps // 10)}"
+        )
+
+
+def _check_streaming(config: Config, verb: str) -> None:
+    if config.data.streaming and not config.stage.streams:
+        raise ConfigError(
+            f"data.streaming=true, but stage={config.stage_name} reads all of its data before it trains; leave it out"
+        )
+    if not config.data.streaming or config.data.train is None:
+        return
+    if verb == "prepare":
+        raise ConfigError(
+            "data.streaming=true tokenises while training, so there is nothing to prepare; leave data.streaming out "
+            "to write the tokens of data.train to data.cache"
+        )
+    if config.train.steps is None and verb in ("train", "plan"):
+        raise ConfigError(
+            "data.streaming=true needs train.steps: how long an epoch is cannot be known before the data is read, "
+            f"got train.epochs={config.train.epochs:g}; try train.steps=1000 (the data starts over where it ends)"
         )
 
 

@@ -60,6 +60,8 @@ class DataConfig:
     train_limit: int | None = field(metadata={"min": 1})
     eval_limit: int | None = field(metadata={"min": 1})
     shuffle: bool
+    streaming: bool
+    shuffle_buffer: int = field(metadata={"min": 1})
     mix: list[float] | None = field(metadata={"min": 0})
     format: Literal["auto", "text", "prompt_completion", "messages", "pairs", "groups", "scored", "prompts"]
     columns: dict[str, str]

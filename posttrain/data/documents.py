@@ -31,6 +31,25 @@ class Tokens:
 
 
 @dataclass(slots=True)
+class Rest:
+    """What a stream's blocks so far leave to the next window: tokens and their text."""
+
+    tokens: Tokens
+    text: str
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON."""
+        tokens = self.tokens
+        return {"ids": tokens.ids.tolist(), "bytes": tokens.bytes.tolist(), "ends": tokens.ends.tolist(),
+                "text": self.text}  # fmt: skip
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Rest:
+        """Back from `state`."""
+        return Rest(Tokens(*(np.array(state[name], np.int64) for name in ("ids", "bytes", "ends"))), state["text"])
+
+
+@dataclass(slots=True)
 class Window:
     """One window: its ids, the text of its targets, and its place in the document."""
 
@@ -75,20 +94,33 @@ class Documents:
 
     def stream(self, blocks: Iterable[str]) -> Iterator[Window]:
         """Windows of a stream given as consecutive blocks of text; holds one block at a time."""
-        rest = Tokens(np.array(self.bos, np.int64), *(np.zeros(len(self.bos), np.int64) for _ in range(2)))
-        text = ""
+        rest = self.begin()
         for block in blocks:
-            tokens = next(iter(self._tokenize([block])))
-            tokens.ends = tokens.ends + len(text)
-            rest, text = rest.join(tokens), text + block
-            while len(rest.ids) > self.max_length:
-                yield self._window(rest, text, 0, self.max_length, 0, 1)
-                rest = Tokens(*(part[self.max_length - 1 :] for part in (rest.ids, rest.bytes, rest.ends)))
-            text, rest.ends = text[rest.ends[0] :] if len(rest.ends) else "", rest.ends - rest.ends[:1].sum()
-        end = Tokens(np.array([self.eos]), np.zeros(1, np.int64), np.array([len(text)]))
-        rest = rest.join(end)
-        for index in range(0, len(rest.ids) - 1, self.max_length - 1):
-            yield self._window(rest, text, index, index + self.max_length, 0, 1)
+            yield from self.push(rest, block)
+        yield from self.end(rest)
+
+    def begin(self) -> Rest:
+        """Nothing but the beginning-of-text."""
+        return Rest(Tokens(np.array(self.bos, np.int64), *(np.zeros(len(self.bos), np.int64) for _ in range(2))), "")
+
+    def push(self, rest: Rest, block: str) -> Iterator[Window]:
+        """The windows that a stream's next block completes; `rest` becomes what is left over."""
+        tokens = next(iter(self._tokenize([block])))
+        tokens.ends = tokens.ends + len(rest.text)
+        whole, text = rest.tokens.join(tokens), rest.text + block
+        while len(whole.ids) > self.max_length:
+            yield self._window(whole, text, 0, self.max_length, 0, 1)
+            whole = Tokens(*(part[self.max_length - 1 :] for part in (whole.ids, whole.bytes, whole.ends)))
+        rest.text = text[whole.ends[0] :] if len(whole.ends) else ""
+        whole.ends = whole.ends - whole.ends[:1].sum()
+        rest.tokens = whole
+
+    def end(self, rest: Rest) -> Iterator[Window]:
+        """The last windows of a stream, with the end-of-text."""
+        last = Tokens(np.array([self.eos]), np.zeros(1, np.int64), np.array([len(rest.text)]))
+        whole = rest.tokens.join(last)
+        for index in range(0, len(whole.ids) - 1, self.max_length - 1):
+            yield self._window(whole, rest.text, index, index + self.max_length, 0, 1)
 
     def _windows(self, tokens: Tokens, text: str) -> Iterator[Window]:
         length = len(tokens.ids)

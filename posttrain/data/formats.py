@@ -129,16 +129,19 @@ def _no_format(format: str, found: list[str]) -> str:
     return f"{fits}; found: {', '.join(found) or 'none'}; accepted: {' | '.join(spelled)}; {tip}"
 
 
-def describe(detected: Detected) -> str:
-    """One line that says what was found: "alpaca: instruction, input, output → prompt_completion, 999 rows"."""
+def describe(detected: Detected, counted: bool = True) -> str:
+    """One line that says what was found: "alpaca: instruction, input, output → prompt_completion, 999 rows".
+
+    counted: the survey saw all rows, so that their number is known.
+    """
     counts = list(detected.survey.counts)
     read = dict(sorted(detected.read().items(), key=lambda item: counts.index(item[1])))  # in the file's order
     columns = [column if column in ROLES[role] else f"{role} ← {column}" for role, column in read.items()]
     columns += [f"{column} × {weight:g}" for column, weight in detected.reward_weights.items()]
     rest = [name for name in counts if name not in read.values() and name not in detected.reward_weights]
-    rows = f"{detected.survey.rows:,} row{'s' if detected.survey.rows != 1 else ''}"
+    rows = f", {detected.survey.rows:,} row{'s' if detected.survey.rows != 1 else ''}" if counted else ""
     unread = f"; kept beside: {', '.join(map(str, rest))}" if rest else ""
-    return f"{detected.spelling.name}: {', '.join(columns)} → {detected.format}, {rows}{unread}"
+    return f"{detected.spelling.name}: {', '.join(columns)} → {detected.format}{rows}{unread}"
 
 
 def to_groups(

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from posttrain.data.batches import Batch, collate
 from posttrain.data.packing import Packing, Rows
 from posttrain.data.split import mix_indices
-from posttrain.data.tokens import TokenDataset
+from posttrain.data.tokens import Examples, TokenDataset
+from posttrain.errors import CheckpointError
 
 
 @dataclass
 class Step:
     """One rank's share of an optimizer step.
 
-    tokens, trained_tokens: of the whole step, all ranks (padding not counted).
+    tokens, trained_tokens: of the whole step, all ranks (padding not counted). stream: where a stream is after it.
     """
 
     number: int
     tokens: int
     trained_tokens: int
     micro_batches: list[Batch]
+    stream: dict[str, Any] = field(default_factory=dict)
 
 
 class Order:
@@ -97,7 +100,8 @@ class Loader:
         start = first * self.size if self.size else sum(self._sizes(first, draws))
         for number in range(first, last):
             count = self._count(start, draws)
-            yield self._step(number, self.order.take(start, count))
+            positions = self.order.take(start, count)
+            yield compose(number, self.data, positions, self.packing, self.rank, self.world)
             start += count
 
     def _sizes(self, steps: int, draws: int | None) -> Iterator[int]:
@@ -119,22 +123,37 @@ class Loader:
             count += 1
         return count
 
-    def _step(self, number: int, positions: np.ndarray) -> Step:
-        widths, heights = (of(self.packing.layout)[positions] for of in (self.data.widths, self.data.heights))
-        plan = self.packing.plan(widths, self.world, heights)
-        mine = plan[self.rank :: self.world]
-        micro_batches = [self._micro(positions, rows) for rows in mine]
-        processed = self.data.shared if self.packing.layout == "shared" else self.data.lengths
-        trained, tokens = int(self.data.trained[positions].sum()), int(processed[positions].sum())
-        return Step(number, tokens, trained, micro_batches)
+    def restore(self, stream: dict[str, Any]) -> list[str]:
+        """Steps are a function of their number: there is nothing to go back to."""
+        if stream:
+            raise CheckpointError("the checkpoint is of a streamed run; go on with data.streaming=true")
+        return []
 
-    def _micro(self, positions: np.ndarray, rows: Rows) -> Batch:
-        if not rows:  # keeps this rank in step with the others: any example, counted with weight 0
-            return collate(self.data.groups(positions[:1]), [[0]], self.packing.layout).empty()
-        return gather(self.data, positions, rows, self.packing.layout)
+    def metrics(self) -> dict[str, float]:
+        """For a log line: all was counted beforehand."""
+        return {}
+
+    def news(self) -> list[str]:
+        """What a user should know of the data and has not been told yet."""
+        return []
 
 
-def gather(data: TokenDataset, positions: np.ndarray, rows: Rows, layout: str) -> Batch:
+def compose(
+    number: int, data: TokenDataset | Examples, positions: np.ndarray, packing: Packing, rank: int, world: int
+) -> Step:
+    """This rank's share of the step that holds the Groups at these positions."""
+    micro_batches = []
+    widths, heights = (of(packing.layout)[positions] for of in (data.widths, data.heights))
+    for rows in packing.plan(widths, world, heights)[rank::world]:
+        if rows:
+            micro_batches.append(gather(data, positions, rows, packing.layout))
+        else:  # keeps this rank in step with the others: any example, counted with weight 0
+            micro_batches.append(collate(data.groups(positions[:1]), [[0]], packing.layout).empty())
+    tokens, trained = data.processed(packing.layout)[positions].sum(), data.trained[positions].sum()
+    return Step(number, int(tokens), int(trained), micro_batches)
+
+
+def gather(data: TokenDataset | Examples, positions: np.ndarray, rows: Rows, layout: str) -> Batch:
     """Read the rows' Groups and make their tensors."""
     used = [i for row in rows for i in row]
     local = {i: n for n, i in enumerate(used)}

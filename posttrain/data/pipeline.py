@@ -20,11 +20,12 @@ from posttrain.data.sources import expand_sources, fingerprint, is_text_stream, 
 from posttrain.data.split import split
 from posttrain.data.text import text_blocks
 from posttrain.data.tokenize import Counts, Encoding, Tokenizer
-from posttrain.data.tokens import TokenDataset, TokenGroup, Writer, read
+from posttrain.data.tokens import Examples, TokenDataset, TokenGroup, Writer, read
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from posttrain.config import DataConfig
+    from posttrain.data.streaming.stream import Stream
     from posttrain.stages.base import Stage
 
 VERSION = 5
@@ -33,15 +34,28 @@ VERSION = 5
 
 @dataclass
 class Prepared:
-    """Tokenised data. lines: what a user should know about it, in words. lost: share of Groups not trained on."""
+    """Tokenised data. lines: what a user should know about it, in words. stream: where training data comes from when it
+    is streamed; `train` then holds its first examples."""
 
-    train: TokenDataset
+    train: TokenDataset | Examples
     eval: TokenDataset
     lines: list[str]
     counts: dict[str, Any]
     fingerprint: str
     directory: Path
     reused: bool = False
+    stream: Stream | None = None
+
+    def facts(self, layout: str) -> list[tuple[str, str]]:
+        """What: value, for a plan's table."""
+        held_out = f"{len(self.eval):,} evaluation examples"
+        if self.stream:
+            return [("data", f"streamed: counts unknown; {self.stream.describe()}; {held_out}")]
+        processed = int(self.train.processed(layout).sum())
+        tokens = f"{processed:,} an epoch, {int(self.train.trained.sum()):,} of them trained"
+        if layout == "shared":
+            tokens += f" (prompts shared: {processed / int(self.train.lengths.sum()):.0%} of the padded layout's)"
+        return [("data", f"{len(self.train):,} training, {held_out}"), ("tokens", tokens)]
 
 
 @dataclass
@@ -72,7 +86,7 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
     reused = cache.is_built(directory)
     if not reused:
         for source in sources:
-            source.detected = _detect(source, data, stage)
+            source.detected = detect(source, data, stage)
         cache.build(directory, lambda scratch: _tokenize(scratch, data, encoding, tokenizer, stage, sources, seed))
     facts = cache.read_facts(directory)
     train, held_out = (TokenDataset(read(directory / f"{side}.arrow")) for side in ("train", "eval"))
@@ -96,7 +110,7 @@ def list_sources(value: Any) -> list[str]:
     if value is None:
         return []
     entries = [value] if isinstance(value, str) else list(value)
-    return [s for entry in entries for s in ([entry] if _is_embedded(entry) else expand_sources(entry))]
+    return [s for entry in entries for s in ([entry] if is_embedded(entry) else expand_sources(entry))]
 
 
 def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage) -> Encoding:
@@ -118,11 +132,11 @@ def cache_key(
 ) -> str:
     """Changes with whatever decides the tokens: file contents, reading options, tokenizer, template, split."""
     options = asdict(data)
-    for name in ("cache", "shuffle", "mix", "train", "eval"):
+    for name in ("cache", "shuffle", "streaming", "shuffle_buffer", "mix", "train", "eval"):
         options.pop(name, None)
     parts = {
         "version": VERSION,
-        "sources": [(s.side, (s.name, None if _is_embedded(s.name) else fingerprint(s.name))) for s in sources],
+        "sources": [(s.side, (s.name, None if is_embedded(s.name) else fingerprint(s.name))) for s in sources],
         "options": options,
         "encoding": asdict(encoding),
         "tokenizer": cache.tokenizer_fingerprint(tokenizer),
@@ -131,13 +145,15 @@ def cache_key(
     return cache.digest(parts)
 
 
-def _detect(source: Source, data: DataConfig, stage: Stage) -> Detected | None:
-    """The format of one source, from the columns of all its rows; None for a text stream, which has no rows."""
-    if is_text_stream(source.name, data.document_separator) and not _is_embedded(source.name):
+def detect(
+    source: Source, data: DataConfig, stage: Stage, rows: Iterable[dict[str, Any]] | None = None
+) -> Detected | None:
+    """The format of one source, from the columns of all its rows, or of these; None for a text stream, which has none."""
+    if is_text_stream(source.name, data.document_separator) and not is_embedded(source.name):
         found: Detected | None = None
         format = "text"
     else:
-        survey = Survey().add(row for _, row in _rows(source, data))
+        survey = Survey().add((row for _, row in rows_of(source, data)) if rows is None else rows)
         found = detect_format(
             survey, data.format, dict(data.columns or {}), dict(data.reward_weights or {}), source=source.name
         )
@@ -179,7 +195,7 @@ def _tokenize(
         named = [source for source in sources if source.side == side]
         if named and not count:
             raise DataError(_nothing_left(f"data.{side}", named, encoding))
-        _stop_if_lost(f"data.{side}", named, worker.counts, data, encoding)
+        stop_if_lost(f"data.{side}", named, worker.counts, data, encoding)
     lines = [f"{s.name}: {describe(s.detected)}" if s.detected else f"{s.name}: one stream of text" for s in sources]
     lines += [line for s in sources for line in s.report.lines()]
     lines += [f"{count:,} {what}" for what, count in notes.items()]
@@ -202,7 +218,7 @@ def _token_groups(
     if source.detected is None:
         stream = worker.stream(text_blocks(source.name), source.name)
     else:
-        rows = ((source.name, number, row) for number, row in _rows(source, data))
+        rows = ((source.name, number, row) for number, row in rows_of(source, data))
         groups = to_groups(rows, source.detected, data.on_bad_row, source.report)
         stream = worker.groups(stage.groups(groups, notes))
     for group in stream:
@@ -210,8 +226,8 @@ def _token_groups(
         yield group
 
 
-def _rows(source: Source, data: DataConfig) -> Iterable[tuple[int, dict[str, Any]]]:
-    if not _is_embedded(source.name):
+def rows_of(source: Source, data: DataConfig) -> Iterable[tuple[int, dict[str, Any]]]:
+    if not is_embedded(source.name):
         return read_rows(source.name, data.document_separator)
     _, kind, *rest = source.name.split(":")
     held_out = "held_out" in rest
@@ -224,7 +240,7 @@ def _batches(groups: Iterator[TokenGroup], size: int = 1_000) -> Iterator[list[T
         yield part
 
 
-def _is_embedded(source: str) -> bool:
+def is_embedded(source: str) -> bool:
     return str(source).startswith("embedded:")
 
 
@@ -252,7 +268,7 @@ def _nothing_left(key: str, sources: list[Source], encoding: Encoding) -> str:
     return f"{key}: no example is left of what was read"
 
 
-def _stop_if_lost(key: str, sources: list[Source], counts: Counts, data: DataConfig, encoding: Encoding) -> None:
+def stop_if_lost(key: str, sources: list[Source], counts: Counts, data: DataConfig, encoding: Encoding) -> None:
     """Losing a few examples is told; losing many of data.train or of data.eval stops the run."""
     skipped = sum(source.report.skipped for source in sources)
     lost = sum(source.counts["lost"] for source in sources) + skipped

@@ -28,11 +28,16 @@ def json_lines(path: str) -> Rows:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise _broken(path, number, error, line, opens_list=line.strip() == "[") from None
-            yield number, _an_object(path, "line", number, row)
+            yield number, json_line(path, number, line)
+
+
+def json_line(path: str, number: int, line: str) -> dict[str, Any]:
+    """The object on one line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise _broken(path, number, error, line, opens_list=line.strip() == "[") from None
+    return _an_object(path, "line", number, row)
 
 
 def json_document(path: str) -> Rows:
@@ -105,18 +110,22 @@ def _check_header(path: str, header: list[str], delimiter: str) -> None:
         )
 
 
-def parquet(path: str) -> Rows:
-    """.parquet, a thousand rows at a time."""
+def parquet(path: str, after: int = 0) -> Rows:
+    """.parquet, a thousand rows at a time; those after row number `after`, whose row group is sought."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     with reading(path):
         try:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=1000):
+                first, number = 0, 0
+                while first < file.num_row_groups and number + file.metadata.row_group(first).num_rows <= after:
+                    number += file.metadata.row_group(first).num_rows
+                    first += 1
+                for batch in file.iter_batches(batch_size=1000, row_groups=range(first, file.num_row_groups)):
                     for row in batch.to_pylist():
                         number += 1
-                        yield number, row
+                        if number > after:
+                            yield number, row
         except pa.ArrowException as error:
             raise DataError(f"{path}: not a readable parquet file: {error}; was it copied whole?") from error

@@ -66,10 +66,11 @@ def _expand(entry: str) -> list[str]:
 
 def _belongs(relative: str) -> bool:
     hidden = any(part.startswith(".") for part in relative.split(os.sep))
-    return not hidden and os.path.basename(relative) not in METADATA and _kind(relative) in EXTENSIONS
+    return not hidden and os.path.basename(relative) not in METADATA and kind_of(relative) in EXTENSIONS
 
 
-def _kind(path: str) -> str:
+def kind_of(path: str) -> str:
+    """The ending that says what kind of file it is, without .gz."""
     return os.path.splitext(path.removesuffix(".gz").lower())[1]
 
 
@@ -77,7 +78,7 @@ def is_hub_id(source: str) -> bool:
     """Whether a source is looked for on the hub: no such path, no known ending, and not inside an existing folder."""
     if source.startswith("hub:"):
         return True
-    if os.path.exists(source) or source.startswith((".", "/", "~")) or _kind(source) in EXTENSIONS:
+    if os.path.exists(source) or source.startswith((".", "/", "~")) or kind_of(source) in EXTENSIONS:
         return False
     parent = os.path.dirname(source)
     return bool(HUB_ID.fullmatch(source)) and not (parent and os.path.isdir(parent))
@@ -85,7 +86,7 @@ def is_hub_id(source: str) -> bool:
 
 def is_text_stream(source: str, document_separator: str | None = None) -> bool:
     """Whether the source is one stream of text, to be read with `text.text_blocks`."""
-    return document_separator is None and _kind(source) == ".txt"
+    return document_separator is None and kind_of(source) == ".txt"
 
 
 def read_rows(source: str, document_separator: str | None = None) -> Rows:
@@ -96,8 +97,8 @@ def read_rows(source: str, document_separator: str | None = None) -> Rows:
     if is_hub_id(source):
         rows = _hub_rows(source)
     else:
-        _check_file(source)
-        kind = _kind(source)
+        check_file(source)
+        kind = kind_of(source)
         if is_text_stream(source, document_separator):
             rows = _stream_row(source)
         elif kind == ".txt":
@@ -118,12 +119,13 @@ def _stream_row(path: str) -> Rows:
             yield 1, {STREAM: path}
 
 
-def _check_file(path: str) -> None:
+def check_file(path: str) -> None:
+    """DataError where there is no such file, or it is of no known kind."""
     if not os.path.exists(path):
         raise DataError(_missing(path))
     if os.path.isdir(path):
         raise DataError(f"{path}: a directory where a file is read; expand_sources lists its files")
-    if _kind(path) not in EXTENSIONS or path.endswith(".parquet.gz"):
+    if kind_of(path) not in EXTENSIONS or path.endswith(".parquet.gz"):
         found = os.path.splitext(path)[1] or "no ending"
         raise DataError(f"{path}: unknown kind of file ({found}); accepted: {ACCEPTED}")
 
@@ -140,15 +142,16 @@ def _missing(path: str) -> str:
     return f"{path}: no such file; {tip}"
 
 
-def load_hub(source: str) -> Any:
-    """The `datasets.Dataset` (memory-mapped) of a hub id."""
+def load_hub(source: str, streaming: bool = False) -> Any:
+    """The `datasets.Dataset` (memory-mapped) of a hub id, or its `IterableDataset`, of which nothing is kept on disk."""
     import datasets
 
     match = HUB_ID.fullmatch(source.removeprefix("hub:"))
     if match is None:
         raise DataError(f"{source}: not a hub id; accepted: org/name, org/name:config, org/name@split")
+    options = {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train", **options)
     except Exception as error:  # the library's exceptions have no common ancestor
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -177,7 +180,7 @@ def fingerprint(source: str) -> str:
     if is_hub_id(source):
         digest.update(f"{source} {load_hub(source)._fingerprint}".encode())
         return digest.hexdigest()
-    _check_file(source)
+    check_file(source)
     with reading(source), open(source, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)

@@ -74,10 +74,22 @@ def text_blocks(path: str, block_chars: int = 1_000_000) -> Iterator[str]:
     A newline elsewhere will not do: of three newlines before a word GPT-2 makes two pieces, of three at an end one.
     (16 blocks' worth of text without either is cut where it is.)
     """
-    held = ""
+    return (block for block, _ in placed_blocks(path, block_chars=block_chars))
+
+
+def placed_blocks(path: str, place: Place | None = None, block_chars: int = 1_000_000) -> Iterator[tuple[str, Place]]:
+    """`text_blocks` from a place on, each block with the place after it, from where the same blocks follow."""
     with reading(path), open_text(path) as file:
-        while piece := file.read(block_chars):
-            held += piece
+        position, skipped, primed = place or (0, 0, 0)
+        file.seek(position)
+        pieces = [(file.tell(), file.read(block_chars)) for _ in range(primed)]
+        held = "".join(piece for _, piece in pieces)[skipped:]
+        while True:
+            position = file.tell()
+            piece = file.read(block_chars)
+            if not piece:
+                break
+            pieces, held = [*pieces, (position, piece)], held + piece
             if len(held) < block_chars:
                 continue
             start = max(len(held) - len(piece) - 3, 0)  # what lies before was searched; a seam spans 3 characters
@@ -85,11 +97,18 @@ def text_blocks(path: str, block_chars: int = 1_000_000) -> Iterator[str]:
             if not cut and len(held) > 16 * block_chars:
                 cut = len(held)
             if cut:
-                yield held[:cut]
-                held = held[cut:]
+                block, held = held[:cut], held[cut:]
+                while len(pieces) > 1 and sum(len(piece) for _, piece in pieces[1:]) >= len(held):
+                    del pieces[0]  # nothing of it is held any more
+                read = sum(len(piece) for _, piece in pieces)
+                yield block, (pieces[0][0], read - len(held), len(pieces))
         if held:
-            yield held
+            yield held, (position, 0, 0)
 
+
+Place = tuple[int, int, int]
+"""Where a block begins: a position that the file can be put to, characters to leave out from there, and how many reads
+had been made from there by then (what they read is not searched for a seam again)."""
 
 BEFORE_SPACE = re.compile(r"\S(?= \S)")
 AFTER_NEWLINE = re.compile(r"\S\n(?=\S)")

@@ -75,6 +75,11 @@ class TokenGroup:
         return [len(self.prompt) + len(response) for response in self.responses]
 
     @property
+    def once(self) -> int:
+        """Tokens of the prompt and all responses."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
     def trained_tokens(self) -> int:
         return sum(sum(mask) for mask in self.masks)
 
@@ -94,11 +99,35 @@ class TokenGroup:
         return self.reference[stops[k] : stops[k + 1]]
 
 
-class TokenDataset:
-    """Random access to TokenGroups in an Arrow file; the lengths needed for planning stay in memory, [n] each.
+class Sized:
+    """What planning needs of Groups, [n] each.
 
     counts: K of each Group. lengths: its tokens in the padded layout (each response with the prompt). longest: of its
     longest response with the prompt. shared: its tokens with the prompt once. trained: its target tokens.
+    """
+
+    counts: np.ndarray
+    lengths: np.ndarray
+    longest: np.ndarray
+    shared: np.ndarray
+    trained: np.ndarray
+
+    def widths(self, layout: str) -> np.ndarray:
+        """[n] tokens of each Group's widest tensor row in a layout."""
+        return {"padded": self.longest, "packed": self.lengths, "shared": self.shared}[layout]
+
+    def heights(self, layout: str) -> np.ndarray:
+        """[n] tensor rows of each Group in a layout."""
+        return self.counts if layout == "padded" else np.ones_like(self.counts)
+
+    def processed(self, layout: str) -> np.ndarray:
+        """[n] tokens of each Group that a forward pass reads, padding apart."""
+        return self.shared if layout == "shared" else self.lengths
+
+
+class TokenDataset(Sized):
+    """Random access to TokenGroups in an Arrow file; the lengths needed for planning stay in memory.
+
     reference: [trained.sum()] the reference's log-probs of all targets, in this dataset's order, where they are known.
     """
 
@@ -131,14 +160,6 @@ class TokenDataset:
         """One column."""
         return self.table.with_format("arrow").select_columns([name])[:][name].to_pylist()
 
-    def widths(self, layout: str) -> np.ndarray:
-        """[n] tokens of each Group's widest tensor row in a layout."""
-        return {"padded": self.longest, "packed": self.lengths, "shared": self.shared}[layout]
-
-    def heights(self, layout: str) -> np.ndarray:
-        """[n] tensor rows of each Group in a layout."""
-        return self.counts if layout == "padded" else np.ones_like(self.counts)
-
     def _measure(self) -> tuple[np.ndarray, ...]:
         import pyarrow.compute as pc
 
@@ -155,6 +176,23 @@ class TokenDataset:
             for parts, part in zip(found, measured, strict=True):
                 parts.append(part)
         return tuple(np.concatenate(parts).astype(np.int64) for parts in found)
+
+
+class Examples(Sized):
+    """A few TokenGroups in memory, with what planning needs of them; see TokenDataset."""
+
+    def __init__(self, groups: Sequence[TokenGroup]) -> None:
+        self.held = list(groups)
+        sizes = [(g.count, sum(g.lengths), max(g.lengths), g.once, g.trained_tokens) for g in groups]
+        columns = np.array(sizes, dtype=np.int64).reshape(-1, 5).T
+        self.counts, self.lengths, self.longest, self.shared, self.trained = columns
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def groups(self, positions: Sequence[int] | np.ndarray) -> list[TokenGroup]:
+        """The Groups at these positions, in this order."""
+        return [self.held[position] for position in positions]
 
 
 def _sums(lists: Any) -> np.ndarray:

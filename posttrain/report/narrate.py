@@ -51,24 +51,19 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     trained = sum(p.numel() for p in session.networks.parameters)
     size = f"{cfg.batch.size} examples" if cfg.batch.size else f"about {cfg.batch.tokens:,} tokens"
     drawn = session.draws or session.steps * (cfg.batch.size or 0)
-    epochs = f" ({drawn / len(loader.data):.2g} epochs)" if drawn else ""
+    known = drawn and not prepared.stream
+    epochs = f" ({drawn / len(prepared.train):.2g} epochs)" if known else ""
     where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
     dtype = str(module.network.dtype).removeprefix("torch.")
     layout = loader.packing.layout
-    processed = int((prepared.train.shared if layout == "shared" else prepared.train.lengths).sum())
-    saved = f" ({processed / prepared.train.lengths.sum():.0%} of padded's tokens)" if layout == "shared" else ""
     reference = cfg.model.reference or "the policy as it starts"
     return [
         ("model", f"{cfg.model.path}: {module.network.config.model_type}, {total:,} parameters in {dtype}"),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {session.networks.adapter}"),
-        ("data", f"{len(prepared.train):,} training, {len(prepared.eval):,} evaluation examples"),
-        (
-            "tokens",
-            f"{processed:,} an epoch, {int(prepared.train.trained.sum()):,} of them trained",
-        ),
+        *prepared.facts(layout),
         (
             "steps",
-            f"{session.steps:,} of {size}{epochs}, {layout}{saved}, <= {loader.packing.micro_tokens:,} tokens a forward",
+            f"{session.steps:,} of {size}{epochs}, {layout}, <= {loader.packing.micro_tokens:,} tokens a forward",
         ),
         ("optimizer", f"{cfg.optim.name}, lr {cfg.optim.lr:g} {cfg.schedule.name}, seed {cfg.train.seed}"),
         ("device", session.runtime.describe()),
@@ -112,6 +107,8 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
     console.line(
         f"\n{summary.steps:,} steps{stopped}, {summary.tokens:,} tokens in {summary.seconds:.0f} s{speed}, {memory:.1f} GiB peak"
     )
+    for line in session.prepared.stream.lines() if session.prepared.stream else []:
+        console.line(f"  · {line}")
     if summary.best_checkpoint and session.state.best_step != summary.steps:
         console.line(
             f"model/ holds the last step's weights; the best evaluation's are in {summary.best_checkpoint}/model"

@@ -47,6 +47,8 @@ class Stage:
 
     data_formats: ClassVar[tuple[str, ...]] = ()
     splits_long_documents: ClassVar[bool] = False
+    streams: ClassVar[bool] = True
+    """Whether it can train on data that is read as it goes (data.streaming)."""
     generates: ClassVar[bool] = True
     """Whether its model writes answers, so that evaluation can ask for some."""
     watches: ClassVar[str] = "nll"

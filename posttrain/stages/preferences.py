@@ -28,6 +28,7 @@ class Preference(Stage):
 
     data_formats: ClassVar[tuple[str, ...]] = ("pairs", "groups", "scored")
     train_on: ClassVar[str] = "response"
+    streams: ClassVar[bool] = False  # prompts are joined, and the reference reads all of the data first
     useless: ClassVar[str] = ""
     """Why a Group that `keeps` refuses teaches nothing, for the user."""
 

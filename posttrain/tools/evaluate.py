@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.disk import write_json, writing
 from posttrain.errors import DataError
 from posttrain.evaluate import Evaluation, Evaluator
+from posttrain.layout import packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
 from posttrain.models.probe import check_rope, probe_positions, sliding_window
@@ -17,15 +18,7 @@ from posttrain.report.logbook import Logbook
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
 from posttrain.runtime import Runtime
-from posttrain.session import (
-    check_fits,
-    open_directory,
-    open_network,
-    packing_of,
-    prepare_data,
-    probe_layout,
-    stop_ids,
-)
+from posttrain.session import check_fits, open_directory, open_network, prepare_data, stop_ids
 from posttrain.summary import Summary
 
 if TYPE_CHECKING:

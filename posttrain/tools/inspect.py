@@ -29,13 +29,12 @@ def inspect(cfg: Config) -> None:
         title = f"example {position} (id {group.id}): {lengths[position]} tokens, {trained[position]} trained"
         console.example(group, tokenizer, title)
     quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).astype(int)
+    of = f"the first {len(prepared.train):,} examples (streamed: counts unknown)"
+    of = of if prepared.stream else f"{len(prepared.train):,} examples"
     console.facts(
         "counts",
         [
-            (
-                "training",
-                f"{len(prepared.train):,} examples, {lengths.sum():,} tokens, {trained.sum():,} of them trained",
-            ),
+            ("training", f"{of}, {lengths.sum():,} tokens, {trained.sum():,} of them trained"),
             ("evaluation", f"{len(prepared.eval):,} examples"),
             ("lengths", "shortest {}, median {}, 90 % {}, 99 % {}, longest {} tokens".format(*quantiles)),
         ],

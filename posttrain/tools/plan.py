@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from posttrain.data.loader import Loader, Order
+from posttrain.layout import packing_of
 from posttrain.models.adapters import add_adapter
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.optim import warmup_steps
 from posttrain.report.console import Console
 from posttrain.runtime import Runtime
-from posttrain.session import check_positions, count_steps, packing_of, prepare_data
+from posttrain.session import check_positions, count_steps, open_loader, prepare_data
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -28,20 +27,17 @@ def plan(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type, prepared)
-    order = Order(np.array(prepared.train.column("source")), cfg.train.seed, cfg.data.shuffle, cfg.data.mix)
-    loader = Loader(prepared.train, order, packing, cfg.batch.size, cfg.batch.tokens)
-    steps, draws = count_steps(cfg, loader)
+    steps, draws = count_steps(cfg, open_loader(cfg, prepared, packing))
     model, described = _on_meta(cfg)
     check_positions(cfg, model.config)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    epochs = (draws or steps * (cfg.batch.size or 0)) / len(prepared.train)
+    epochs = 0 if prepared.stream else (draws or steps * (cfg.batch.size or 0)) / len(prepared.train)
     rows = [
         ("stage", cfg.stage_name),
         ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters"),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {described}"),
-        ("data", f"{len(prepared.train):,} training, {len(prepared.eval):,} evaluation examples"),
-        ("tokens", f"{prepared.train.lengths.sum():,} an epoch, {prepared.train.trained.sum():,} of them trained"),
+        *prepared.facts(packing.layout),
         ("steps", f"{steps:,}" + (f" ({epochs:.2g} epochs)" if epochs else "") + f", {packing.layout}"),
         (
             "schedule",

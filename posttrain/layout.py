@@ -1,0 +1,61 @@
+"""Which layout a run takes, and whether its model can: decided from the data's lengths, checked on real examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from posttrain.data.packing import Packing, row_cost
+from posttrain.data.pipeline import Prepared
+from posttrain.data.tokens import TokenGroup
+from posttrain.errors import ModelError
+from posttrain.models.load import load_config
+from posttrain.models.probe import check_forward
+from posttrain.runtime import Runtime
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+
+MICRO_TOKENS = {"cpu": 4_096, "cuda": 16_384}
+"""Default token budget of one forward: enough to fill the device, small enough to fit beside the weights."""
+
+OVERHEAD_TOKENS = {"cpu": 256, "cuda": 1_024}
+"""What one more forward costs beside its tokens: reading the weights, launching kernels."""
+
+SHARED_GAIN = 0.95
+"""batch.layout=auto shares prompts where that leaves at most this share of the padded layout's cost."""
+
+
+def packing_of(cfg: Config, device: str, prepared: Prepared) -> Packing:
+    """batch.* with what was left to `auto` decided: padded, for rows sorted by length waste little; packed where the
+    attention kernel skips other documents; shared where repeating the prompts would cost more."""
+    flash = str(cfg.model.attention).startswith("flash")
+    layout = cfg.batch.layout if cfg.batch.layout != "auto" else ("packed" if flash else _cheapest(cfg, prepared))
+    budget = cfg.batch.micro_tokens or MICRO_TOKENS[device]
+    return Packing(layout, budget, cfg.batch.micro_size, one_row=flash, overhead_tokens=OVERHEAD_TOKENS[device])
+
+
+def _cheapest(cfg: Config, prepared: Prepared) -> str:
+    """padded, or shared where its rows cost less by more than the masks they need."""
+    data = prepared.train if len(prepared.train) else prepared.eval
+    if not len(data) or int(data.counts.max()) < 2:
+        return "padded"
+    size = int(load_config(cfg.model).get_text_config(decoder=True).hidden_size)
+    shared = row_cost(data.widths("shared"), data.heights("shared"), size)
+    return "shared" if shared < SHARED_GAIN * row_cost(data.longest, data.counts, size) else "padded"
+
+
+def probe_layout(
+    cfg: Config, policy: Any, prepared: Prepared, groups: list[TokenGroup], packing: Packing, runtime: Runtime
+) -> tuple[dict[str, float], Packing]:
+    """Check the forward pass on these examples. A layout that was asked for and cannot be is an error; one that `auto` chose
+    gives way to padded, and that is said."""
+    try:
+        return check_forward(policy, groups, packing.layout, runtime.device), packing
+    except ModelError as error:
+        if cfg.batch.layout != "auto" or packing.layout == "padded":
+            raise
+        padded = replace(packing, layout="padded")
+        found = check_forward(policy, groups, "padded", runtime.device)
+        prepared.lines.append(f"batch.layout=auto takes padded: {error}")
+        return found, padded
