@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MICRO_TOKENS = {"cpu": 4_096, "cuda": 16_384}
-"""Default token budget of one forward: enough to fill the device, small enough to fit beside the weights."""
+MICRO_TOKENS = {"cpu": 1_024, "cuda": 16_384}
+"""Default token budget of one forward: enough to fill the device, small enough to fit beside the weights. A processor is as
+fast with 1,024 as with 4,096, and a 135 M model's activations take 1 MiB a token."""
 
 OVERHEAD_TOKENS = {"cpu": 256, "cuda": 1_024}
 """What one more forward costs beside its tokens: reading the weights, launching kernels."""
