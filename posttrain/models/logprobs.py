@@ -11,16 +11,16 @@ Products run in the autocast dtype where autocast is on, everything after the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_BYTES = 256 * 2**20
-"""Size of one chunk's fp32 logits; bounds the memory of the output layer whatever the batch."""
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
+"""Size of one chunk's fp32 logits; bounds the memory of the output layer whatever the batch. Each further chunk is one more
+pass over the layer's whole gradient, so much smaller ones cost time."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class TokenStatistics:
     confidence: Tensor | None = None
 
 
-def chunks(count: int, vocab_size: int) -> Iterator[slice]:
-    """Slices of `count` tokens whose fp32 logits stay within CHUNK_BYTES."""
-    size = max(16, CHUNK_BYTES // (4 * vocab_size))
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+def chunks(targets: Tensor, vocab_size: int) -> list[slice]:
+    """Slices of `targets` [N] whose fp32 logits stay within CHUNK_BYTES."""
+    size = max(16, CHUNK_BYTES[targets.device.type] // (4 * vocab_size))
+    return [slice(start, min(start + size, len(targets))) for start in range(0, len(targets), size)]
 
 
 def weighted_nll(
@@ -82,7 +82,7 @@ def weighted_nll(
     if is_plain_linear(head):
         return _WeightedNLL.apply(hidden, head.weight, head.bias, targets, weights, transform, smoothing)
     objective, logprobs = hidden.new_zeros((), dtype=torch.float32), []
-    for part in chunks(len(targets), head_size(head)):
+    for part in chunks(targets, head_size(head)):
         z = checkpointed(logits_of, hidden[part], head, transform)
         logprob = z.gather(-1, targets[part, None]).squeeze(-1) - z.logsumexp(-1)
         uniform = z.mean(-1) - z.logsumexp(-1) if smoothing else 0.0
@@ -98,7 +98,7 @@ def token_statistics(
     """log π(target), top-1 hit, confidence (the largest probability) and on request entropy (nats), in one pass."""
     transform = transform or LogitTransform()
     columns: list[tuple[Tensor, ...]] = []
-    for part in chunks(len(targets), head_size(head)):
+    for part in chunks(targets, head_size(head)):
         z = logits_of(hidden[part], head, transform)
         lse = z.logsumexp(-1)
         top, index = z.max(-1)
@@ -160,15 +160,17 @@ class _WeightedNLL(torch.autograd.Function):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             objective = hidden.new_zeros((), dtype=torch.float32)
             logprobs = hidden.new_empty(len(targets), dtype=torch.float32)
-            for part in chunks(len(targets), len(weight)):
+            with_grad, capped = any(ctx.needs_input_grad), transform.softcap is not None
+            parts = chunks(targets, len(weight))
+            room = _Room(parts, w)
+            for part in parts:
                 h = hidden[part].to(dtype)
-                z = transform(F.linear(h, w, b).float())
-                with_grad, capped = any(ctx.needs_input_grad), transform.softcap is not None
+                z = transform(room.logits(h, w, b))
                 logprob, loss, grad = chunk(z, targets[part], weights[part], smoothing, with_grad, keep_logits=capped)
                 logprobs[part] = logprob
                 objective += loss
                 if grad is not None:
-                    grads.add(part, transform.backward_(grad, z).to(dtype), h, w)
+                    grads.add(part, room.rounded(transform.backward_(grad, z)), h, w)
         ctx.save_for_backward(*grads.tensors())
         ctx.mark_non_differentiable(logprobs)
         return objective, logprobs
@@ -179,6 +181,28 @@ class _WeightedNLL(torch.autograd.Function):
         return hidden, weight, bias, None, None, None, None
 
 
+class _Room:
+    """Memory for one chunk's logits, used again by the next: fresh pages cost a processor more than the arithmetic on them."""
+
+    def __init__(self, parts: list[slice], w: Tensor) -> None:
+        size = parts[0].stop if parts else 0
+        self.product = w.new_empty(size, len(w))
+        self.exact = self.product if w.dtype == torch.float32 else w.new_empty(size, len(w), dtype=torch.float32)
+
+    def logits(self, h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """[n, V] fp32 of h [n, H], multiplied in its dtype."""
+        product = self.product[: len(h)]
+        if b is None:
+            torch.mm(h, w.T, out=product)
+        else:
+            torch.addmm(b, h, w.T, out=product)
+        return self.exact[: len(h)].copy_(product)
+
+    def rounded(self, grad: Tensor) -> Tensor:
+        """[n, V] in the products' dtype, where the logits were before."""
+        return self.product[: len(grad)].copy_(grad)
+
+
 class Grads:
     """Accumulates the gradients that are asked for: hidden in its own dtype, weight and bias in theirs."""
 
@@ -186,6 +210,7 @@ class Grads:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight = torch.zeros_like(weight) if needed[1] else None
         self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+        self.product: Tensor | None = None
 
     def add(self, part: slice, grad: Tensor, h: Tensor, w: Tensor) -> None:
         """grad: ∂/∂logits [n, V] of this chunk, in the compute dtype."""
@@ -195,7 +220,8 @@ class Grads:
             if grad.dtype == self.weight.dtype:
                 self.weight.addmm_(grad.T, h)
             else:
-                self.weight += grad.T @ h
+                self.product = h.new_empty(self.weight.shape) if self.product is None else self.product
+                self.weight += torch.mm(grad.T, h, out=self.product)
         if self.bias is not None:
             self.bias += grad.float().sum(0).to(self.bias.dtype)
 

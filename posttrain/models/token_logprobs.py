@@ -32,7 +32,7 @@ def token_logprobs(hidden: Tensor, head: nn.Module, targets: Tensor, transform: 
         z = logits_of(hidden, head, transform)
         return z.gather(-1, targets[:, None]).squeeze(-1) - z.logsumexp(-1)
 
-    parts = [checkpointed(chunk_logprobs, hidden[p], targets[p]) for p in chunks(len(targets), head_size(head))]
+    parts = [checkpointed(chunk_logprobs, hidden[p], targets[p]) for p in chunks(targets, head_size(head))]
     return torch.cat(parts)
 
 
@@ -51,7 +51,7 @@ class _TokenLogprobs(torch.autograd.Function):
         kept, budget = [], KEEP_BYTES if trains_head else 0
         with torch.autocast(device, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-            for part in chunks(len(targets), len(weight)):
+            for part in chunks(targets, len(weight)):
                 keep = budget >= len(targets[part]) * len(weight) * dtype.itemsize
                 grad = _nll_grad(
                     hidden[part], w, b, targets[part], transform, logprobs[part], any(ctx.needs_input_grad)
@@ -76,7 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grads = _Grads(ctx.needs_input_grad, hidden, weight, bias)
             w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
             scratch = torch.empty(len(targets), device=hidden.device)
-            for i, part in enumerate(chunks(len(targets), len(weight))):
+            for i, part in enumerate(chunks(targets, len(weight))):
                 if i < len(ctx.kept):
                     grad = ctx.kept[i]
                 else:

@@ -3,13 +3,15 @@
     make bench BENCH="--model DIR --data alpaca.json"
 
 Each measurement is a process of its own, ours and the peer's by turns, so that both see the same machine. What is compared
-must first be shown equal: the losses of the first steps agree to 1 %.
+must first be shown equal: the losses agree to 1 % at every step. A file beside this one with TITLE, CASES and the peers
+`posttrain` and `trl` is one more benchmark (--stage); each has its own section of the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -21,72 +23,104 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CASES = [("padded", "none"), ("packed", "none"), ("padded", "lora")]
-START = "<!-- sft -->"
+RESULTS = HERE / "RESULTS.md"
+PEERS = ("posttrain", "trl")
 
 
-def measure(peer: str, layout: str, adapter: str, options: Any) -> dict[str, Any]:
-    """One process of sft.py."""
-    command = [sys.executable, str(HERE / "sft.py"), "--peer", peer, "--model", options.model, "--data", options.data]
-    command += ["--layout", layout, "--adapter", adapter, "--steps", str(options.steps)]
+def measure(peer: str, layout: str, adapter: str, steps: int, options: Any) -> dict[str, Any]:
+    """One process of the stage's own file; no steps: tokenisation alone."""
+    command = [sys.executable, str(HERE / f"{options.stage}.py"), "--peer", peer, "--model", options.model]
+    command += ["--data", options.data, "--layout", layout, "--adapter", adapter, "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{peer:10} {layout} {adapter}: {found['trained_tokens_per_second']:.0f} trained tokens/s, "
-          f"{found['peak_memory_gib']:.1f} GiB", flush=True)  # fmt: skip
+    told = ", ".join(f"{name} {value:,.2f}" for name, value in found.items() if isinstance(value, float))
+    print(f"{peer:10}{f'{layout} {adapter}' if steps else 'tokenisation':14}{told}", flush=True)
     return found
 
 
-def compare(layout: str, adapter: str, options: Any) -> str:
-    """A row of the table: medians, the ratio of each round and its spread."""
-    # the peer's packing drops the borders between examples on this attention; it is compared unpacked
-    rounds = [
-        (measure("posttrain", layout, adapter, options), measure("trl", "padded", adapter, options))
-        for _ in range(options.rounds)
-    ]
-    for ours, theirs in rounds:
+def rounds(layout: str, adapter: str, steps: int, options: Any) -> list[tuple[dict[str, Any], ...]]:
+    """Ours and the peer's, by turns. The peer is always padded: its packing drops the borders between examples on the
+    attention a processor has."""
+    layouts = {"posttrain": layout, "trl": "padded"}
+    found = [tuple(measure(p, layouts[p], adapter, steps, options) for p in PEERS) for _ in range(options.rounds)]
+    for ours, theirs in found if steps else []:
         pairs = zip(ours["losses"], theirs["losses"], strict=True)
-        assert all(abs(a - b) < 0.01 * b for a, b in pairs), (ours["losses"], theirs["losses"])
-    speeds = [[found["trained_tokens_per_second"] for found in side] for side in zip(*rounds, strict=True)]
-    memory = [[found["peak_memory_gib"] for found in side] for side in zip(*rounds, strict=True)]
-    ratios = sorted(a / b for a, b in zip(*speeds, strict=True))
-    smaller = statistics.median(a / b for a, b in zip(*memory, strict=True))
-    middle = [[statistics.median(side) for side in both] for both in (speeds, memory)]
-    return (
-        f"| {layout}, {adapter} | {middle[0][0]:.0f} | {middle[0][1]:.0f} | "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | "
-        f"{middle[1][0]:.1f} | {middle[1][1]:.1f} | {smaller:.2f} |"
-    )
+        if not all(abs(a - b) < 0.01 * b for a, b in pairs):
+            raise SystemExit(f"the losses differ, so nothing can be compared:\n{ours['losses']}\n{theirs['losses']}")
+    return found
+
+
+def cells(found: list[tuple[dict[str, Any], ...]], name: str, digits: int = 0) -> str:
+    """Ours, the peer's, and their ratio: medians over the rounds, the ratio with its smallest and largest."""
+    sides = [statistics.median(each[side][name] for each in found) for side in range(2)]
+    ratios = sorted(ours[name] / theirs[name] for ours, theirs in found)
+    spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    return f"{sides[0]:,.{digits}f} | {sides[1]:,.{digits}f} | {spread}"
+
+
+def profile(found: dict[str, list[tuple[dict[str, Any], ...]]]) -> list[str]:
+    """A column a case: the median share of each part of our steps, in percent."""
+    names = list(next(iter(found.values()))[0][0]["profile"])
+    lines = [f"| part of our step, % | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
+    for name in names:
+        shares = [statistics.median(ours["profile"][name] for ours, _ in each) for each in found.values()]
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |")
+    return lines
+
+
+def section(options: Any) -> str:
+    """One stage's part of the results."""
+    stage = importlib.import_module(options.stage)
+    found = {f"{a}, {b}": rounds(a, b, options.steps, options) for a, b in stage.CASES}
+    tokens = rounds("padded", "none", 0, options)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    table = [f"| {case} | {cells(f, 'trained_tokens_per_second')} | {cells(f, 'peak_memory_gib', 1)} |"
+             for case, f in found.items()]  # fmt: skip
+    return "\n".join([
+        f"## {stage.TITLE}, {datetime.date.today()}",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}.",
+        f"{Path(options.model).name}, bf16 autocast over fp32 weights, batch 8, max_length 512, the same rows in the same",
+        f"order, {options.steps - 1} timed steps, {options.rounds} rounds by turns. Losses agree to 1 % at every step. Trained",
+        "tokens per second and the process's peak resident memory in GiB: medians; ratios ours to TRL's, with the smallest",
+        "and the largest of the rounds.",
+        "",
+        "| layout, adapter | tokens/s | TRL's | times as fast | memory | TRL's | times the memory |",
+        "|---|---|---|---|---|---|---|",
+        *table,
+        "",
+        "| tokenisation | rows/s | TRL's | times as fast |",
+        "|---|---|---|---|",
+        f"| all rows of the file | {cells(tokens, 'rows_per_second')} |",
+        "",
+        *profile(found),
+    ])  # fmt: skip
+
+
+def write(stage: str, text: str) -> None:
+    """Between the stage's markers; other sections stay as they are."""
+    mark = f"<!-- {stage} -->"
+    before = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Measured speed, memory and coverage\n"
+    head, _, rest = before.partition(mark)
+    _, _, tail = rest.partition(mark)
+    parts = [head.strip(), f"{mark}\n{text}\n{mark}", tail.strip()]
+    RESULTS.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", default="sft", help="the file beside this one that measures")
     parser.add_argument("--model", default=os.environ.get("POSTTRAIN_SMOLLM2"), help="a transformers directory")
-    parser.add_argument("--data", required=True, help="an Alpaca-style JSON file")
+    parser.add_argument("--data", required=True, help="a JSON file of rows")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    rows = [compare(layout, adapter, options) for layout, adapter in CASES]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    text = f"""{START}
-## Fine-tuning against TRL's SFTTrainer, {datetime.date.today()}
-
-{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}.
-{Path(options.model).name}, bf16 autocast over fp32 weights, batch 8, max_length 512, the same rows in the
-same order, {options.steps - 1} timed steps, {options.rounds} rounds by turns. Losses agree to 1 %
-at every step. Trained tokens per second, peak resident memory in GiB; medians, and the spread of the ratio.
-
-| layout, adapter | ours | TRL | faster by | our memory | TRL's | ratio |
-|---|---|---|---|---|---|---|
-{chr(10).join(rows)}
-{START}"""
-    path = HERE / "RESULTS.md"
-    before = path.read_text(encoding="utf-8") if path.exists() else "# Measured speed, memory and coverage\n"
-    if START in before:
-        head, _, tail = before.split(START)
-        before = head.rstrip() + "\n" + tail
-    path.write_text(before.rstrip() + "\n\n" + text + "\n", encoding="utf-8")
+    if not options.model:
+        parser.error("--model names no directory, and POSTTRAIN_SMOLLM2 is not set")
+    text = section(options)
+    write(options.stage, text)
     print(text)
 
 

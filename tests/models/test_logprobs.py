@@ -15,7 +15,7 @@ TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.0625), LogitTransform(sof
 @pytest.fixture(autouse=True)
 def _many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """16 tokens a chunk, so that 37 tokens take three, the last one partial."""
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 16 * 4 * V)
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", {"cpu": 16 * 4 * V})
 
 
 def given(bias: bool = True) -> tuple[torch.Tensor, nn.Linear, torch.Tensor, torch.Tensor]:
