@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types checks bench wheel clean
+.PHONY: demo test lint types checks bench bench-preferences wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
@@ -22,6 +22,9 @@ checks: lint types test
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+bench-preferences: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/preferences.py $(BENCH)
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .

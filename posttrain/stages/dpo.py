@@ -24,6 +24,7 @@ from posttrain.stages.preferences import (
     Preference,
     extremes,
     link_loss,
+    means,
     pair_records,
     pairs_in,
     reference_records,
@@ -132,10 +133,10 @@ class DPO(Preference):
         records = pair_records(self.margins(logprobs, pairs, batch) + self.target_margin, pairs, batch, bins)
         best, worst = extremes(batch)
         whole = batch.by_response(logprobs)
-        records |= {f"logprob_{name}": whole[i].double().cpu().numpy() for name, i in _named(best, worst)}
+        records |= means({"logprob_chosen": whole[best], "logprob_rejected": whole[worst]})
         if batch.reference is not None:
             implicit = self.beta * batch.by_response(logprobs - batch.reference)
-            records |= {f"reward_{name}": implicit[i].double().cpu().numpy() for name, i in _named(best, worst)}
+            records |= means({"reward_chosen": implicit[best], "reward_rejected": implicit[worst]})
             records |= reference_records(logprobs, batch)
         return records
 
@@ -164,7 +165,3 @@ def dpo_loss(
     stage = DPO(beta=beta, link=link, flip_probability=flip_probability)  # type: ignore[arg-type]
     stage.check()
     return stage.link_of(beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)))
-
-
-def _named(best: Tensor, worst: Tensor) -> list[tuple[str, Tensor]]:
-    return [("chosen", best), ("rejected", worst)]

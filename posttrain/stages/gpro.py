@@ -33,6 +33,7 @@ from posttrain.stages.preferences import (
     extremes,
     link_loss,
     matrix,
+    means,
     pair_records,
     pairs_in,
     reference_records,
@@ -149,8 +150,8 @@ class GPRO(Preference):
                 f"nll_{name}_sum": -whole[index].cpu().numpy(),
                 f"nll_{name}_count": tokens[index].cpu().numpy(),
             }
-        records["reward"] = self.expected_reward(z, batch).cpu().numpy()
-        records["effective_responses"] = (1 / (self.omega(batch) ** 2).sum(1)).cpu().numpy()
+        effective = 1 / (self.omega(batch) ** 2).sum(1)
+        records |= means({"reward": self.expected_reward(z, batch), "effective_responses": effective})
         return records | reference_records(logprobs, batch)
 
     def expected_reward(self, z: Tensor, batch: Batch) -> Tensor:

@@ -131,6 +131,15 @@ def extremes(batch: Batch) -> tuple[Tensor, Tensor]:
     return at.gather(1, best).squeeze(1), at.gather(1, worst).squeeze(1)
 
 
+def means(columns: dict[str, Tensor]) -> Records:
+    """Columns [groups] whose means are reported, as sums with counts: never taken for proportions, whatever their values."""
+    found: Records = {}
+    for name, values in columns.items():
+        found[f"{name}_sum"] = values.double().cpu().numpy()
+        found[f"{name}_count"] = np.ones(len(values))
+    return found
+
+
 def pair_records(h: Tensor, pairs: Pairs, batch: Batch, bins: int) -> Records:
     """Sums over each Group's pairs, fp64: accuracy (½ on a tie; pairs without a preferred side left out), nll, margin, brier,
     calibration bins folded onto [½, 1], and what fitting a temperature needs. h: [P] margins of the first over the second.

@@ -24,7 +24,7 @@ from posttrain.data.group import Group
 from posttrain.data.preferences import standings
 from posttrain.models.networks import Head
 from posttrain.stages.base import Loss, Records
-from posttrain.stages.preferences import Pairs, Preference, extremes, matrix, pair_records, pairs_in, soft
+from posttrain.stages.preferences import Pairs, Preference, extremes, matrix, means, pair_records, pairs_in, soft
 
 if TYPE_CHECKING:
     from posttrain.data.batches import Batch
@@ -99,7 +99,7 @@ class Reward(Preference):
         pairs = pairs_in(batch)
         records = pair_records(rewards[pairs.first] - rewards[pairs.second], pairs, batch, bins)
         best, worst = extremes(batch)
-        records |= {f"reward_{name}": rewards[i].cpu().numpy() for name, i in (("chosen", best), ("rejected", worst))}
+        records |= means({"reward_chosen": rewards[best], "reward_rejected": rewards[worst]})
         return records | _list_records(rewards, batch)
 
 

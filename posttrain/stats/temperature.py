@@ -76,10 +76,11 @@ def interval(beta: float, at_bound: bool, slopes: Array, curvature: float, n: fl
         return Estimate(1 / beta, None, None, None, int(n), size, f"{why}, no interval")
     relative = error / curvature / beta  # se of log T = se of log β
     half = relative * (t_quantile(level, size - 1) if size < FEW else z_quantile(level))
-    if half > 700:
-        return Estimate(1 / beta, None, None, relative / beta, int(n), size, "sandwich on log T, unbounded")
-    ends = math.exp(-half) / beta, math.exp(half) / beta
     method = "sandwich on log T" + (", t, few examples" if size < FEW else "")
+    low, high = (math.exp(max(-700.0, min(700.0, end))) / beta for end in (-half, half))
+    ends = max(low, min(T_BOUNDS[0], 1 / beta)), min(high, max(T_BOUNDS[1], 1 / beta))
+    if ends != (low, high):
+        method += ", cut at the range searched"
     return Estimate(1 / beta, *ends, relative / beta, int(n), size, method)
 
 

@@ -25,7 +25,7 @@ PAIRS = ["stage=reward", "data.train=embedded:pairs:200", "data.eval=embedded:pa
 def our_scores(run_dir: str, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Of chosen and rejected, in the order of the embedded rows' ids."""
     _, _, records = read_records(Path(run_dir) / "eval" / f"step-{step:06d}.parquet")
-    return np.sort(records["reward_chosen"]), np.sort(records["reward_rejected"])
+    return np.sort(records["reward_chosen_sum"]), np.sort(records["reward_rejected_sum"])
 
 
 def texts(key: str) -> list[str]:
@@ -53,19 +53,31 @@ def test_transformers_gives_our_scores(run: Run) -> None:
     np.testing.assert_allclose(found, chosen, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora"])
-def test_the_head_is_saved_with_the_adapter(run: Run, adapter: str) -> None:
-    run(*PAIRS, f"adapter={adapter}", "optim.lr=1e-2", "run.dir=r")
+def test_the_head_is_saved_with_the_adapter(run: Run) -> None:
+    run(*PAIRS, "adapter=lora", "optim.lr=1e-2", "run.dir=r")
     chosen, _ = our_scores("r", 4)
     assert chosen.std() > 1e-3
     loaded, tokenizer = load_saved("r", torch.float32)
-    tolerance = 1e-5 if adapter == "lora" else 0.05  # the base is 4-bit while training
-    np.testing.assert_allclose(scores_of(loaded, tokenizer, texts("chosen")), chosen, atol=tolerance)
-    if adapter == "lora":
-        merge(["r", "merged"])
-        whole, tokenizer = load_saved("merged")
-        assert type(whole).__name__ == "LlamaForSequenceClassification"
-        np.testing.assert_allclose(scores_of(whole, tokenizer, texts("chosen")), chosen, atol=1e-4)
+    np.testing.assert_allclose(scores_of(loaded, tokenizer, texts("chosen")), chosen, atol=1e-5)
+    merge(["r", "merged"])
+    whole, tokenizer = load_saved("merged")
+    assert type(whole).__name__ == "LlamaForSequenceClassification"
+    np.testing.assert_allclose(scores_of(whole, tokenizer, texts("chosen")), chosen, atol=1e-4)
+
+
+def test_the_head_is_saved_with_a_4_bit_adapter(run: Run) -> None:
+    """peft alone puts it back together, on a base quantised as it was trained."""
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig
+
+    run(*PAIRS, "adapter=qlora", "optim.lr=1e-2", "run.dir=r")
+    chosen, _ = our_scores("r", 4)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForSequenceClassification.from_pretrained(DIRECTORY, num_labels=1, quantization_config=four_bits)
+    tokenizer = AutoTokenizer.from_pretrained("r/model")
+    base.config.pad_token_id = tokenizer.pad_token_id
+    found = scores_of(PeftModel.from_pretrained(base, "r/model"), tokenizer, texts("chosen"))
+    np.testing.assert_allclose(found, chosen, atol=1e-2)  # its kernel on this processor is another
 
 
 def test_training_goes_on_from_a_reward_model(run: Run) -> None:

@@ -1,0 +1,205 @@
+"""Preference stages against TRL, and the shared layout against our own padded one, as ratios in RESULTS.md.
+
+    make bench-preferences BENCH="--model DIR --pairs dpo_en_demo.json --groups gsm8k_groups.jsonl"
+
+Each measurement is a process of its own, the sides by turns. The losses of both sides agree to 2 % at every step, or
+nothing is written. Timed are optimizer steps: neither side's time of computing the reference beforehand is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from run import write
+
+BATCH, MAX_LENGTH, LR = 8, 512, 1e-6
+Found = dict[str, Any]
+NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def ours(options: Any, *overrides: str) -> Found:
+    """A run of ours: losses and groups per second."""
+    from posttrain import run
+
+    run([
+        f"model.path={options.model}", "data.eval_fraction=0", "data.shuffle=false", f"data.max_length={MAX_LENGTH}",
+        "data.max_lost_fraction=1", f"batch.size={BATCH}", "precision=bf16", "schedule=constant", f"optim.lr={LR}",
+        f"train.steps={options.steps}", f"train.save_every={options.steps}", "train.log_every=1", "eval.generate=0",
+        "run.dir=r", "data.train_limit=100", *overrides,
+    ])  # fmt: skip
+    lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    lines = [line["metrics"] for line in lines if line["split"] == "train"]
+    seconds = (lines[-1]["tokens"] - lines[0]["tokens"]) / lines[-1]["tokens_per_second"]
+    return {"losses": [line["loss"] for line in lines], "per_second": BATCH * (options.steps - 1) / seconds}
+
+
+def chats(options: Any) -> list[Found]:
+    """The pairs that fit, as TRL reads them; it would cut the others, and posttrain drops them."""
+    from transformers import AutoTokenizer
+
+    turn = lambda m: {"role": NAMES[m["from"]], "content": m["value"]}  # noqa: E731
+    rows = [
+        {
+            "prompt": list(map(turn, r["conversations"])),
+            "chosen": [turn(r["chosen"])],
+            "rejected": [turn(r["rejected"])],
+        }
+        for r in json.loads(Path(options.pairs).read_text(encoding="utf-8"))[:300]
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    length = lambda turns: len(tokenizer.apply_chat_template(turns, return_dict=False))  # noqa: E731
+    fits = lambda r: max(length(r["prompt"] + r["chosen"]), length(r["prompt"] + r["rejected"])) <= MAX_LENGTH  # noqa: E731
+    return [row for row in rows if fits(row)][:100]
+
+
+def theirs(options: Any, kind: str, **settings: Any) -> Found:
+    """A TRL trainer: losses and pairs per second."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+    class Clock(TrainerCallback):
+        times: list[float] = []  # noqa: RUF012
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.times.append(time.monotonic())
+
+    trainer_class, config_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+
+    class InOrder(trainer_class):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if kind == "Reward":
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            options.model, num_labels=1, dtype=torch.float32
+        )
+        torch.nn.init.zeros_(model.score.weight)  # as ours begins
+        tokenizer.pad_token = "<empty_output>"
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    config = config_class(
+        output_dir="trl", per_device_train_batch_size=BATCH, learning_rate=LR, max_steps=options.steps, bf16=True,
+        lr_scheduler_type="constant", logging_steps=1, max_length=MAX_LENGTH, gradient_checkpointing=False, use_cpu=True,
+        report_to="none", save_strategy="no", max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    trainer = InOrder(
+        model=model, args=config, train_dataset=Dataset.from_list(chats(options)), processing_class=tokenizer
+    )
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "per_second": BATCH * (options.steps - 1) / (clock.times[-1] - clock.times[0])}
+
+
+def of_pairs(options: Any, stage: str) -> Found:
+    return ours(options, f"stage={stage}", f"data.train={options.pairs}")
+
+
+def of_groups(options: Any, layout: str) -> Found:
+    return ours(options, "stage=gpro", "stage.form=dual", f"data.train={options.groups}", f"batch.layout={layout}")
+
+
+CASES = {  # name: (the first side, the second side)
+    "dpo, TRL as it comes": (lambda o: of_pairs(o, "dpo"), lambda o: theirs(o, "DPO")),
+    "dpo, TRL's reference precomputed": (
+        lambda o: of_pairs(o, "dpo"),
+        lambda o: theirs(o, "DPO", precompute_ref_log_probs=True),
+    ),
+    "reward": (lambda o: of_pairs(o, "reward"), lambda o: theirs(o, "Reward")),
+    "groups of 4, shared against our padded": (lambda o: of_groups(o, "shared"), lambda o: of_groups(o, "padded")),
+}
+
+
+def measure(options: Any, case: str, side: int) -> Found:
+    """One process."""
+    command = [sys.executable, __file__, "--model", options.model, "--pairs", options.pairs, "--groups", options.groups]
+    command += ["--steps", str(options.steps), "--case", case, "--side", str(side)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case}, side {side} failed:\n{done.stderr[-2000:]}")
+    found: Found = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{case}, side {side}: {found['per_second']:.3f} per second, {found['peak_memory_gib']:.1f} GiB", flush=True)
+    return found
+
+
+def compare(options: Any, case: str) -> str:
+    """A row of the table: medians, and the ratios' medians with their smallest and largest."""
+    rounds = [(measure(options, case, 0), measure(options, case, 1)) for _ in range(options.rounds)]
+    for a, b in rounds:
+        if not all(abs(x - y) <= 0.02 * abs(y) + 0.005 for x, y in zip(a["losses"], b["losses"], strict=True)):
+            raise SystemExit(f"{case}: the losses differ, so nothing can be compared:\n{a['losses']}\n{b['losses']}")
+    cells = []
+    for name, digits in (("per_second", 3), ("peak_memory_gib", 1)):
+        sides = [statistics.median(r[i][name] for r in rounds) for i in (0, 1)]
+        ratios = sorted(a[name] / b[name] for a, b in rounds)
+        cells += [f"{side:.{digits}f}" for side in sides]
+        cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+    return f"| {case} | {' | '.join(cells)} |"
+
+
+def report(options: Any) -> None:
+    rows = [compare(options, case) for case in CASES]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    text = "\n".join([
+        f"## Preference stages, {datetime.date.today()}",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}. {Path(options.model).name},",
+        f"bf16 autocast over fp32 weights, batch {BATCH}, max_length {MAX_LENGTH}, {options.steps - 1} timed steps, "
+        f"{options.rounds} rounds by turns.",
+        "Losses agree to 2 % at every step. Pairs or groups per second, peak resident memory in GiB; computing the reference",
+        "beforehand is not timed on either side.",
+        "",
+        "| case | ours | other | times as fast | our memory | other's | times the memory |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ])  # fmt: skip
+    write("preferences", text)
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--groups", required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case")
+    parser.add_argument("--side", type=int)
+    options = parser.parse_args()
+    for name in ("model", "pairs", "groups"):
+        setattr(options, name, str(Path(getattr(options, name)).resolve()))
+    if options.case is None:
+        report(options)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"] = scratch
+        said, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
+        found = CASES[options.case][options.side](options)
+        sys.stdout = said
+    found["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
