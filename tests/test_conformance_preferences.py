@@ -142,10 +142,12 @@ def chats(shared: Path, count: int) -> list[dict[str, Any]]:
     ]
 
 
-FEW = {"per_device_train_batch_size": 2}
-"""TRL holds whole logits of a real vocabulary."""
+FEW = {"per_device_train_batch_size": 2, "max_steps": 4}
+"""TRL holds whole logits of a real vocabulary; ten steps are compared on the embedded model."""
 REAL = [
     "batch.size=2",
+    "train.steps=4",
+    "train.eval_every=4",
     "data.train=rows.json",
     "data.eval_fraction=0",
     "data.eval=embedded:pairs:1:held_out",
@@ -156,7 +158,7 @@ REAL = [
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 def test_dpo_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
-    expected = dpo_of_trl(smollm2, chats(shared, 2 * STEPS), 1e-5, **FEW)
+    expected = dpo_of_trl(smollm2, chats(shared, 8), 1e-5, **FEW)
     run("stage=dpo", f"model.path={smollm2}", *OURS, *REAL, "optim.lr=1e-5", "run.dir=r")
     found = train_log("r")
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
@@ -166,7 +168,7 @@ def test_dpo_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, sha
 @pytest.mark.filterwarnings("ignore")
 def test_reward_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
     scored(smollm2, "start", pad="<empty_output>")
-    expected = reward_of_trl("start", chats(shared, 2 * STEPS), 1e-5, **FEW)
+    expected = reward_of_trl("start", chats(shared, 8), 1e-5, **FEW)
     run("stage=reward", "model.path=start", *OURS, *REAL, "optim.lr=1e-5", "run.dir=r")
     found = train_log("r")
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
