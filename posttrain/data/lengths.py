@@ -35,6 +35,7 @@ def _shorten(
     if policy != "truncate" or room <= 0 or not any(any(mask[:room]) for mask in group.masks):
         return False
     counts.truncated += 1
+    different = len(set(map(tuple, group.responses)))
     counts.cut_tokens += sum(max(0, length - encoding.max_length) for length in group.lengths)
     for k, (response, mask) in enumerate(zip(group.responses, group.masks, strict=True)):
         if len(response) <= room:
@@ -46,6 +47,8 @@ def _shorten(
         kept = [token for token, target in zip(response[:room], mask[:room], strict=True) if target]
         text = tokenizer.decode(kept, skip_special_tokens=True)
         group.bytes[k], group.chars[k] = len(text.encode()), len(text)
+    if len(set(map(tuple, group.responses))) < different:
+        counts.say("have responses that differ only beyond data.max_length, and are the same once cut")
     return True
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
+from posttrain.models.router import Routers
 
 
 class Decoder(nn.Module):
@@ -24,6 +25,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.accepts_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self.routers = Routers(self.backbone)
+        self.is_mixture = bool(self.routers)
 
     @property
     def network(self) -> PreTrainedModel:

@@ -144,6 +144,13 @@ def load_model(
     return network
 
 
+def load_shape(config: PreTrainedConfig, scores: bool = False) -> Any:
+    """The network of a config, for planning under torch.device("meta"); scores: as in load_model."""
+    if scores:
+        config.num_labels = 1
+    return _auto(scores).from_config(config)
+
+
 def _auto(scores: bool) -> Any:
     return AutoModelForSequenceClassification if scores else AutoModelForCausalLM
 

@@ -13,7 +13,7 @@ from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
 from posttrain.models.decoder import Decoder, text_config
 from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_statistics, weighted_nll
-from posttrain.models.router import Router, Routers
+from posttrain.models.router import Router
 from posttrain.models.token_logprobs import token_logprobs
 
 
@@ -37,8 +37,6 @@ class Policy(Decoder):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.transform = logit_transform(text_config(self.network))
-        self.routers = Routers(self.backbone)
-        self.is_mixture = bool(self.routers)
 
     @property
     def head(self) -> nn.Module:

@@ -25,8 +25,6 @@ class RewardModel(Decoder):
     last end-of-turn token of the response, one of `ends`.
     """
 
-    is_mixture = False
-
     def __init__(self, model: Any, pooling: Pooling = "last", ends: Iterable[int] = ()) -> None:
         super().__init__(model)
         self.pooling, self.ends = pooling, sorted(ends)

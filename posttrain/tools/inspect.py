@@ -22,13 +22,13 @@ def inspect(cfg: Config) -> None:
     console, runtime = Console(), Runtime("fp32", "ddp")
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
-    lengths, trained = prepared.train.lengths, prepared.train.trained
-    chosen = dict.fromkeys([*range(min(EXAMPLES, len(lengths))), int(lengths.argmin()), int(lengths.argmax())])
+    lengths, trained, longest = prepared.train.lengths, prepared.train.trained, prepared.train.longest
+    chosen = dict.fromkeys([*range(min(EXAMPLES, len(lengths))), int(longest.argmin()), int(longest.argmax())])
     for position in chosen:
         group = prepared.train.groups([position])[0]
         title = f"example {position} (id {group.id}): {lengths[position]} tokens, {trained[position]} trained"
         console.example(group, tokenizer, title)
-    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).astype(int)
+    quantiles = np.quantile(longest, [0, 0.5, 0.9, 0.99, 1]).astype(int)
     of = f"the first {len(prepared.train):,} examples (streamed: counts unknown)"
     of = of if prepared.stream else f"{len(prepared.train):,} examples"
     console.facts(

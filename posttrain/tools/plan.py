@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from posttrain.layout import packing_of
 from posttrain.models.adapters import add_adapter
-from posttrain.models.load import load_config, load_tokenizer
+from posttrain.models.load import load_config, load_shape, load_tokenizer
 from posttrain.optim import warmup_steps
 from posttrain.report.console import Console
 from posttrain.runtime import Runtime
@@ -43,6 +42,7 @@ def plan(cfg: Config) -> None:
             "schedule",
             f"{cfg.schedule.name}, peak {cfg.optim.lr:g} after {warmup_steps(steps, cfg.schedule)} warm-up steps",
         ),
+        *_reference(cfg),
         ("device", runtime.describe()),
         ("memory", _memory(cfg, model, runtime.compute_dtype)),
     ]
@@ -51,14 +51,23 @@ def plan(cfg: Config) -> None:
         console.line(f"  · {line}")
 
 
+def _reference(cfg: Config) -> list[tuple[str, str]]:
+    wanted = cfg.stage.needs_reference(False)
+    told = {"always": "once over the data, before the first step", "evaluation": "once over the evaluation data"}
+    if wanted == "never":
+        return []
+    return [("reference", f"{cfg.model.reference or 'the policy as it starts'}: log-probs computed {told[wanted]}")]
+
+
 def _on_meta(cfg: Config) -> tuple[Any, str]:
     """The model's shapes without its numbers, and its adapter's line."""
+    scores = cfg.stage.head(set()) is not None
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(load_config(cfg.model))
+        model: Any = load_shape(load_config(cfg.model), scores=scores)
         if cfg.adapter.name == "none":
             return model, "none"
         plain = type(cfg.adapter)(**{**vars(cfg.adapter), "name": "lora"})
-        model, described = add_adapter(model, plain, cfg.train.seed)
+        model, described = add_adapter(model, plain, cfg.train.seed, scores)
     return model, described.replace("lora", cfg.adapter.name, 1)
 
 

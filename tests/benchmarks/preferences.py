@@ -38,7 +38,7 @@ def ours(options: Any, *overrides: str) -> Found:
         f"model.path={options.model}", "data.eval_fraction=0", "data.shuffle=false", f"data.max_length={MAX_LENGTH}",
         "data.max_lost_fraction=1", f"batch.size={BATCH}", "precision=bf16", "schedule=constant", f"optim.lr={LR}",
         f"train.steps={options.steps}", f"train.save_every={options.steps}", "train.log_every=1", "eval.generate=0",
-        "run.dir=r", "data.train_limit=100", *overrides,
+        "run.dir=r", f"data.train_limit={BATCH * options.steps}", *overrides,
     ])  # fmt: skip
     lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     lines = [line["metrics"] for line in lines if line["split"] == "train"]

@@ -1,0 +1,29 @@
+"""Each preference stage on the embedded model with its own defaults, in fewer steps: better, and the interval says so."""
+
+from typing import Any
+
+import pytest
+
+import posttrain
+
+FEW = ["train.eval_every=1000", "eval.resamples=500", "train.log_every=20"]
+CASES = {
+    "dpo": (["stage=dpo", "train.steps=60", "eval.generate=200"], "accuracy", 0.1),
+    "gpro": (["stage=gpro", "train.steps=30", "eval.generate=200"], "accuracy", 0.1),
+    "gpro dual": (
+        ["stage=gpro", "stage.form=dual", "stage.beta=0.5", "train.steps=80", "eval.generate=200"],
+        "accuracy",
+        0.05,
+    ),
+    "reward": (["stage=reward", "train.steps=150"], "pair_accuracy", 0.05),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_learns_and_the_interval_excludes_the_start(case: str) -> None:
+    options, score, least = CASES[case]
+    summary: Any = posttrain.run([*options, *FEW, "run.dir=r"])
+    change = summary.changes[score]
+    assert change["better"] is True
+    assert change["low"] > 0
+    assert change["value"] > least
