@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except Stopped as stopped:
         if is_told_here(stopped):
-            print(f"{stopped}; the same command continues the run from its checkpoint", file=sys.stderr)
+            print(stopped, file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         return 130

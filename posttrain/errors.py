@@ -39,8 +39,10 @@ class TrainingError(RuntimeError):
 class Stopped(Exception):
     """A signal asked the run to end; its checkpoint is saved. Exit status 128 + signal."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}")
+    def __init__(self, signal_number: int, run_dir: str) -> None:
+        super().__init__(
+            f"stopped by signal {signal_number}; the same command with run.dir={run_dir} continues the run"
+        )
         self.signal_number = signal_number
 
 

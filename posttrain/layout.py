@@ -10,7 +10,7 @@ from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
 from posttrain.models.load import load_config
-from posttrain.models.probe import check_forward
+from posttrain.models.probe import check_forward, sliding_window
 from posttrain.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def probe_layout(
     """Check the forward pass on these examples. A layout that was asked for and cannot be is an error; one that `auto` chose
     gives way to padded, and that is said."""
     try:
+        _check_window(policy, prepared, packing.layout)
         return check_forward(policy, groups, packing.layout, runtime.device), packing
     except ModelError as error:
         if cfg.batch.layout != "auto" or packing.layout == "padded":
@@ -60,3 +61,14 @@ def probe_layout(
         found = check_forward(policy, groups, "padded", runtime.device)
         prepared.lines.append(f"batch.layout=auto takes padded: {error}")
         return found, padded
+
+
+def _check_window(policy: Any, prepared: Prepared, layout: str) -> None:
+    """A mask of our own takes the place of the library's sliding window, so rows must not reach past it."""
+    window = sliding_window(policy.network)
+    longest = max((int(data.longest.max()) for data in (prepared.train, prepared.eval) if len(data)), default=0)
+    if layout == "shared" and window is not None and longest > window:
+        raise ModelError(
+            f"batch.layout=shared: {policy.network.config.model_type} attends to {window} positions, and the longest example "
+            f"has {longest}; use batch.layout=padded, or a data.max_length of at most {window}"
+        )

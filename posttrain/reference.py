@@ -18,10 +18,11 @@ from posttrain.data.batches import collate
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared
-from posttrain.data.tokens import TokenDataset, TokenGroup
-from posttrain.errors import ConfigError, ModelError
+from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
+from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import build_network
+from posttrain.models.probe import check_forward
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -49,13 +50,12 @@ def attach(
     keys: of an earlier part of this run. start: the policy where it is still the start, else None. Returns the keys that were
     used and what the start-up check, on the training examples `probed`, found.
     """
-    sampled = len(prepared.train) > 0 and bool(prepared.train.groups([0])[0].sampler_logprobs)
-    wanted = cfg.stage.needs_reference(sampled)
+    wanted = cfg.stage.needs_reference(_sampler_known(prepared.train))
     if cfg.model.reference is not None and wanted == "never":
         raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
     if wanted == "never":
         return {}, {}
-    reference = Reference(cfg, runtime, packing, tokenizer, keys)
+    reference = Reference(cfg, runtime, packing, tokenizer, keys, prepared.train.groups(probed))
     if len(prepared.eval):
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, start)
     if wanted != "always":
@@ -67,11 +67,33 @@ def attach(
     return reference.keys, {"reference": check_start(start, prepared.train.groups(probed), packing, runtime)}
 
 
+def _sampler_known(data: TokenDataset | Examples) -> bool:
+    """Whether the data has the sampler's log-probs; DataError where some of its Groups have and others have not."""
+    if not isinstance(data, TokenDataset) or not len(data):
+        return False
+    known = sum(map(bool, data.column("sampler_logprobs")))
+    if known not in (0, len(data)):
+        raise DataError(
+            f"{known:,} of {len(data):,} prompts have sampler_logprobs; give them in every row or in none (data.columns)"
+        )
+    return known > 0
+
+
 class Reference:
     """Finds or computes log-probs; `keys` name what was used, so that a resumed run finds it without its first weights."""
 
-    def __init__(self, cfg: Config, runtime: Runtime, packing: Packing, tokenizer: Any, keys: dict[str, str]) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        runtime: Runtime,
+        packing: Packing,
+        tokenizer: Any,
+        keys: dict[str, str],
+        examples: list[TokenGroup],
+    ) -> None:
+        """examples: real ones that a model given as reference is checked with."""
         self.cfg, self.runtime, self.packing, self.tokenizer = cfg, runtime, packing, tokenizer
+        self.examples = examples
         self.keys = dict(keys)
         self._policy: Policy | None = None
         self._digest: str | None = None
@@ -102,9 +124,16 @@ class Reference:
                 model, path=given, tokenizer=None, revision=None, gguf_file=None, init="weights", config={}, rope_scaling=None
             )  # fmt: skip
             adapter = replace(adapter, name="none", path=None)
-            check_vocabulary(self.tokenizer, load_tokenizer(model), given)
-        policy: Any = build_network(model, adapter, self.runtime.compute_dtype, cfg.train.seed)[0]
-        self._policy = policy.to(self.runtime.device)
+        try:
+            if given is not None:
+                check_vocabulary(self.tokenizer, load_tokenizer(model), given)
+            policy: Any = build_network(model, adapter, self.runtime.compute_dtype, cfg.train.seed)[0]
+            policy.to(self.runtime.device)
+            if given is not None:
+                check_forward(policy, self.examples, self.packing.layout, self.runtime.device)
+        except ModelError as error:
+            raise ModelError(str(error).replace("model.path", "model.reference")) from error
+        self._policy = policy
 
     def _key(self, side: str, fingerprint: str) -> str:
         if self._digest is None:

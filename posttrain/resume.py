@@ -44,6 +44,11 @@ def resumed(cfg: Config, run: RunDir) -> tuple[ModelConfig, AdapterConfig]:
         cfg.model, path=str(saved), tokenizer=cfg.model.tokenizer or cfg.model.path, init="weights", gguf_file=None,
         revision=None, config={}, rope_scaling=None,
     )  # fmt: skip
+    pad = load_config(cfg.model).pad_token_id
+    if (
+        load_config(model).pad_token_id != pad
+    ):  # a reward model is saved with another; its embedding row would not train
+        model = replace(model, config={"pad_token_id": pad})
     _check_model(cfg, model)
     return model, cfg.adapter
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
+from posttrain.models.load import position_limit
 from posttrain.models.policy import Policy
 
 
@@ -43,9 +44,11 @@ def generate(
         use_cache=True,
     )
     answers: list[Generation | None] = [None] * len(prompts)
+    limit = position_limit(policy.network.config)  # an answer ends where the positions do
     with _only_settings(policy, settings):
         for part in _buckets(prompts, max_new_tokens, batch_tokens):
             ids, mask = _left_padded([prompts[i] for i in part], pad)
+            settings.max_new_tokens = max(1, min(max_new_tokens, limit - ids.shape[1])) if limit else max_new_tokens
             output = policy.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
             for i, row in zip(part, output[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((n for n, token in enumerate(row) if token in ends), None)

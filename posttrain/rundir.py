@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from posttrain.checkpoint import complete, is_complete
+from posttrain.checkpoint import complete, is_complete, step_of
 from posttrain.disk import check_writable, write_json, write_text, writing
 from posttrain.errors import CheckpointError, ConfigError
 
@@ -24,7 +25,24 @@ RECORD = "config.json"
 """The whole config as plain values, and the verb: what a continuation is compared with."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
-LEFTOVERS = ("metrics.jsonl", "samples.jsonl", "wandb_id.txt", "eval", "checkpoints", "tensorboard", "wandb")
+LEFTOVERS = ("metrics.jsonl", "samples.jsonl", "wandb_id.txt", "eval/step-*.parquet", "eval/step-*.tmp")
+LEFTOVER_FOLDERS = ("checkpoints/.step-*", "tensorboard", "wandb/*run-*")
+RECORDED = {
+    "stage",
+    "model",
+    "adapter",
+    "data",
+    "batch",
+    "optim",
+    "schedule",
+    "precision",
+    "train",
+    "eval",
+    "run",
+    "log",
+}
+"""Sections by which a record is known as ours."""
+
 FREE_KEYS = ("run", "log", "data.cache", "train.resume", "train.keep_checkpoints", "train.log_every")
 """Keys that may differ between a run and its continuation: they decide where and how things are written, not what."""
 
@@ -59,6 +77,19 @@ def default_name(stage: str) -> str:
     return f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def check_data(run: RunDir, fingerprint: str) -> None:
+    """A run goes on with the data it began with: other rows would be other steps, and scores that cannot be compared."""
+    record = run.path / "environment.json"
+    if run.checkpoint is None or run.path.resolve() not in run.checkpoint.resolve().parents or not record.is_file():
+        return
+    before = json.loads(record.read_text(encoding="utf-8")).get("data_fingerprint")
+    if before not in (None, fingerprint):
+        raise CheckpointError(
+            f"{run.path} was begun with other data: the files of data.train or data.eval have changed since. Restore them, "
+            "or start a new run (run.dir), from the checkpoint's model if you like (model.path)"
+        )
+
+
 def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
     """Decide where the run goes and whether it continues; on rank 0 only, the others are told.
 
@@ -85,9 +116,13 @@ def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
             _check_same(path, then, {**config, "verb": verb})
     elif path.is_dir() and any(entry.name != f".{RECORD}.tmp" for entry in path.iterdir()):
         raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
-    if resume not in ("auto", "never"):
-        return RunDir(path, _chosen_checkpoint(Path(resume).expanduser()), failed_start=failed_start)
     found = complete(path / "checkpoints")
+    if resume not in ("auto", "never"):
+        chosen = _chosen_checkpoint(Path(resume).expanduser())
+        inside = path.resolve() in chosen.resolve().parents
+        if inside or not found or step_of(found[-1]) <= step_of(chosen):
+            return RunDir(path, chosen, failed_start=failed_start)
+        # the run that began from that checkpoint has come further: the same command goes on, as it would without it
     return RunDir(
         path, found[-1] if found else None, finished=(path / "summary.json").is_file(), failed_start=failed_start
     )
@@ -132,26 +167,31 @@ def _recorded(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read: {error}; give another run.dir or delete {path.parent}"
         ) from error
-    if not isinstance(recorded, dict) or not {"run", "train", "data", "model"} <= recorded.keys():
+    if not isinstance(recorded, dict) or not recorded.keys() >= RECORDED or "name" not in (recorded["stage"] or ()):
         raise ConfigError(f"run.dir={path.parent} holds a {RECORD} that is no run's of posttrain; give another run.dir")
     return {"verb": "train", **recorded}
 
 
 def _began(path: Path) -> bool:
     """Whether there is anything to lose: a checkpoint, a summary, or a logged training step."""
-    if complete(path / "checkpoints") or (path / "summary.json").is_file():
+    if any((path / "checkpoints").glob("step-*")) or (path / "summary.json").is_file():
         return True
     log = path / "metrics.jsonl"
     return log.is_file() and '"split": "train"' in log.read_text(encoding="utf-8", errors="replace")
 
 
 def _clear(path: Path) -> None:
-    """Delete what an earlier start left that came to nothing: its scores before training, its trackers' files."""
-    for name in LEFTOVERS:
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
-        else:
-            (path / name).unlink(missing_ok=True)
+    """Delete what an earlier start left that came to nothing: its scores before training, its trackers' files. What a user
+    has put beside them stays."""
+    for pattern in LEFTOVERS:
+        for file in path.glob(pattern):
+            file.unlink()
+    for pattern in LEFTOVER_FOLDERS:
+        for folder in path.glob(pattern):
+            shutil.rmtree(folder)
+    for name in ("eval", "checkpoints", "wandb"):
+        with suppress(OSError):  # not empty, or not there
+            (path / name).rmdir()
 
 
 def _check_same(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

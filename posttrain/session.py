@@ -28,7 +28,7 @@ from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
 from posttrain.resume import restore, resumed
 from posttrain.rundir import RunDir
-from posttrain.runtime import Runtime, seed_everything
+from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
@@ -81,6 +81,8 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
         )
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
+    if not prepared.stream:
+        on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
     ends = stop_ids(prepared, tokenizer)
     packing = packing_of(cfg, runtime.device.type, prepared)
     loader = open_loader(cfg, prepared, packing, runtime.rank, runtime.world)
@@ -99,10 +101,11 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     probe, loader.packing = probe_layout(cfg, policy, prepared, prepared.train.groups(probed), packing, runtime)
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
-    start = None if state.step else policy
+    start, drawn = None if state.step else policy, rng_state()
     state.reference, found = reference.attach(
         cfg, runtime, prepared, loader.packing, tokenizer, state.reference, start, probed
     )
+    set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):
         loader.data = prepared.train  # now with its reference

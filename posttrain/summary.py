@@ -90,4 +90,8 @@ def _if_all_tied(accuracy: stats.PairedDifference, n: int, level: float) -> stat
 def _told(difference: stats.PairedDifference) -> dict[str, Any]:
     """Every field, the verdict and the sentence."""
     fields = {name: value for name, value in asdict(difference).items() if name not in ("metric", "names")}
+    if difference.metric in stats.NEITHER:
+        return plain(
+            fields | {"better": None, "sentence": f"{difference.metric} is neither better nor worse for changing"}
+        )
     return plain(fields | {"better": difference.better, "sentence": difference.sentence})

@@ -123,7 +123,7 @@ class Trainer:
             if self._is_over:
                 break
             if self.stopping:
-                raise Stopped(self.stopping)
+                raise Stopped(self.stopping, str(session.run.path))
         return evaluation
 
     @property
@@ -162,13 +162,13 @@ class Trainer:
 
         A rank that hears one later than this waits for the next step: the others must hear of it first.
         """
-        counts = {"_signal": float(self.stop.number)}
+        counts = {"_signal": float(self.stop.number), "_heard": float(self.stop.number > 0)}
         for micro in step.micro_batches:
             for name, count in self.cfg.stage.counts(micro).items():
                 counts[name] = counts.get(name, 0.0) + count
         counts = self.runtime.global_sum(counts)
-        heard = int(counts.pop("_signal"))
-        self.stopping = self.stop.number or heard if heard else 0
+        signal, ranks = counts.pop("_signal"), counts.pop("_heard")
+        self.stopping = self.stop.number or int(signal / ranks) if ranks else 0
         return counts
 
     def _check_finite(self, norm: torch.Tensor, losses: torch.Tensor, step: Step) -> None:

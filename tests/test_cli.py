@@ -154,8 +154,8 @@ def test_other_ranks_stay_silent(failing, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (Stopped(signal.SIGINT), 130),
-        (Stopped(signal.SIGTERM), 143),
+        (Stopped(signal.SIGINT, "r"), 130),
+        (Stopped(signal.SIGTERM, "r"), 143),
         (KeyboardInterrupt(), 130),
         (RuntimeError("ours"), 1),
         (AssertionError(), 1),

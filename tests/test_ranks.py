@@ -148,7 +148,7 @@ def test_a_signal_to_the_launcher_finishes_the_step_and_saves(posttrain_process:
     _, said = finish(process, 60)
     assert time.monotonic() - began < 25, "the launcher had to kill the ranks"
     assert "finishing this step and saving" in said
-    assert f"stopped by signal {int(number)}; the same command continues the run from its checkpoint" in said
+    assert f"stopped by signal {int(number)}; the same command with run.dir=" in said
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     (saved,) = Path("r/checkpoints").iterdir()
     step = int(saved.name[5:])

@@ -246,7 +246,7 @@ def test_a_signal_finishes_the_step_saves_and_says_its_status(
     )
     assert stopped["status"] == status, stopped["output"]
     assert "finishing this step and saving" in stopped["output"]
-    assert "the same command continues the run" in stopped["output"]
+    assert "the same command with run.dir=" in stopped["output"]
     assert "Traceback" not in stopped["output"]
     assert Path("r/checkpoints/step-000005/state.json").is_file()
     assert not Path("r/summary.json").exists()
@@ -361,3 +361,48 @@ def test_what_a_rank_has_pooled_goes_on_with_any_number_of_ranks() -> None:
     assert np.sum([share["nll"] for share in shares], axis=0).tolist() == [5.0, 10.0]
     assert all(share["grad_norm"] == [5.0, 3.0] for share in shares)
     assert _share_of([], 0, 1) == {}
+
+
+def test_other_data_than_the_run_began_with_is_refused(posttrain_process: Run) -> None:
+    """Its rows would be other steps, and its scores could not be compared."""
+    from posttrain.data import embedded
+
+    rows = [json.dumps(row) + "\n" for row in embedded.rows("prompt_completion", 80)]
+    Path("d.jsonl").write_text("".join(rows[:60]))
+    options = [*STEPS, "data.train=d.jsonl", "data.eval=", "run.dir=r"]
+    assert posttrain_process(*options, die=("posttrain.checkpoint:rotate", 2, "after"))["status"] == -signal.SIGKILL
+    Path("d.jsonl").write_text("".join(rows))
+    refused = posttrain_process(*options)
+    assert refused["status"] == 2
+    assert "begun with other data" in refused["output"]
+    Path("d.jsonl").write_text("".join(rows[:60]))
+    assert posttrain_process(*options)["status"] == 0
+
+
+def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(posttrain_process: Run) -> None:
+    """The command of a requeued job names where the run once began."""
+    assert posttrain_process(*STEPS, "run.dir=a")["status"] == 0
+    first = sorted(Path("a/checkpoints").iterdir())[0]
+    options = [*STEPS, f"train.resume={first}", "run.dir=b"]
+    done = posttrain_process(*options, die=("posttrain.train:write_json", 1, "before"))
+    assert done["status"] == -signal.SIGKILL
+    saved = {path.name for path in Path("b/checkpoints").iterdir()}
+    again = posttrain_process(*options)
+    assert again["status"] == 0
+    assert "removed" not in again["output"]
+    assert {path.name for path in Path("b/checkpoints").iterdir()} == saved
+
+
+def test_what_a_user_keeps_in_a_run_stays(posttrain_process: Run) -> None:
+    """A start that came to nothing gives way, but not the files beside it."""
+    assert (
+        posttrain_process("run.dir=r", die=("posttrain.train:Trainer._update", 1, "before"))["status"]
+        == -signal.SIGKILL
+    )
+    for name in ("eval/mine.jsonl", "checkpoints/epoch1.pt", "notes.txt"):
+        Path("r", name).parent.mkdir(exist_ok=True)
+        Path("r", name).write_text("mine")
+    assert posttrain_process("run.dir=r", "optim.lr=2e-4")["status"] == 0
+    assert all(
+        Path("r", name).read_text() == "mine" for name in ("eval/mine.jsonl", "checkpoints/epoch1.pt", "notes.txt")
+    )

@@ -33,6 +33,10 @@ def losses(run_dir: str | Path) -> list[float]:
     return [line["metrics"]["loss"] for line in log(run_dir) if line["split"] == "train"]
 
 
+def norms(run_dir: str | Path) -> list[float]:
+    return [line["metrics"]["grad_norm"] for line in log(run_dir) if line["split"] == "train"]
+
+
 def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
     found = list((Path(run_dir) / "model").glob("*.safetensors"))
     return {name: tensor for path in found for name, tensor in load_file(path).items()}
@@ -85,6 +89,7 @@ def test_losses_and_weights_do_not_depend_on_the_split(run: Run, stage: str) -> 
     for name, split in SPLITS.items():
         other = run(*options, *split, f"run.dir={name.replace(' ', '-').replace(',', '')}")
         assert losses(other.run_dir) == pytest.approx(losses("whole"), rel=LOSSES, abs=1e-6), name
+        assert norms(other.run_dir) == pytest.approx(norms("whole"), rel=1e-4, abs=1e-7), name  # AdamW hides a scale
         assert_same_weights("whole", other.run_dir, WEIGHTS)
         for metric in {"nll", "perplexity", "token_accuracy", "brier", "margin", "kl", "reward"} & whole.start.keys():
             start, end = (value[metric]["value"] for value in (whole.start, whole.metrics))

@@ -34,6 +34,9 @@ def _shorten(
         )
     if policy != "truncate" or room <= 0 or not any(any(mask[:room]) for mask in group.masks):
         return False
+    if group.sampler_logprobs:
+        counts.say("dropped, not cut: the sampler's log-probs are of whole responses")
+        return False
     counts.truncated += 1
     different = len(set(map(tuple, group.responses)))
     counts.cut_tokens += sum(max(0, length - encoding.max_length) for length in group.lengths)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from posttrain.data.streaming.stream import Stream
     from posttrain.stages.base import Stage
 
-VERSION = 5
+VERSION = 6
 """Raise when the same text would become other tokens: cached files of other versions are not found."""
 
 
@@ -140,7 +140,7 @@ def cache_key(
         "options": options,
         "encoding": asdict(encoding),
         "tokenizer": cache.tokenizer_fingerprint(tokenizer),
-        "stage": (type(stage).__name__, seed),
+        "stage": (type(stage).__name__, stage.group_settings(), seed),
     }
     return cache.digest(parts)
 
@@ -194,7 +194,7 @@ def _tokenize(
     for side, count in (("train", train.count), ("eval", held_out.count)):
         named = [source for source in sources if source.side == side]
         if named and not count:
-            raise DataError(_nothing_left(f"data.{side}", named, encoding))
+            raise DataError(_nothing_left(f"data.{side}", named, encoding, stage))
         stop_if_lost(f"data.{side}", named, worker.counts, data, encoding)
     lines = [f"{s.name}: {describe(s.detected)}" if s.detected else f"{s.name}: one stream of text" for s in sources]
     lines += [line for s in sources for line in s.report.lines()]
@@ -249,9 +249,12 @@ def _numbers(counts: Counts) -> Counter[str]:
     return Counter({k: v for k, v in asdict(counts).items() if isinstance(v, int)} | {"lost": counts.lost})
 
 
-def _nothing_left(key: str, sources: list[Source], encoding: Encoding) -> str:
+def _nothing_left(key: str, sources: list[Source], encoding: Encoding, stage: Stage) -> str:
     """A side that the user named must have examples; why it has none. key: data.train or data.eval."""
     counts = sum((source.counts for source in sources), Counter[str]())
+    if not counts["groups"] and stage.useless:
+        names = ", ".join(source.name for source in sources[:3])
+        return f"{key} ({names}): nothing to learn: {stage.useless}, in all of them"
     if counts["too_long"]:
         every = "all" if counts["too_long"] == counts["groups"] else f"{counts['too_long']:,} of {counts['groups']:,}"
         return (

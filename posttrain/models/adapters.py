@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models.decoder import text_decoder
+from posttrain.models.reload import is_reward_model
 from posttrain.models.router import Routers
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def add_adapter(
         parameter.requires_grad_(False)
     torch.manual_seed(seed)
     if adapter.path:
+        if scores and not is_reward_model(adapter.path):
+            raise ModelError(
+                f"adapter.path={adapter.path} is of a language model and has no score layer; fold it in with posttrain merge, "
+                "and give the result as model.path"
+            )
         peft_model: Any = _load(model, adapter.path)
         described = f"{adapter.name} from {adapter.path}"
     else:

@@ -81,9 +81,12 @@ def _batch(groups: list[TokenGroup], layout: str, device: torch.device) -> Batch
 
 
 def _numbers(policy: Decoder, batch: Batch) -> Tensor:
-    """What the run reads off a forward pass: [N] log-probs of a policy, [responses] scores of a reward model."""
-    found = policy(batch)
-    return found if isinstance(found, Tensor) else found.logprobs
+    """What the run reads off a forward pass: [N] log-probs of a policy, [responses, H] pooled states of a reward model."""
+    if isinstance(policy, RewardModel):  # its score layer may be zero still: the states that it will score
+        states = policy.pooled(batch).float()
+        return states / states.square().mean(-1, keepdim=True).sqrt()
+    found: Tensor = policy(batch).logprobs
+    return found
 
 
 def _alone(policy: Decoder, groups: list[TokenGroup], device: torch.device) -> Tensor:
@@ -97,13 +100,28 @@ def _output_layer(policy: Decoder, groups: list[TokenGroup], device: torch.devic
     if isinstance(policy, RewardModel):
         if policy.pooling != "last":
             return 0.0  # the library has no such score to compare with
-        rows = [[group.prompt + response] for group in groups for response in group.responses]
-        own = [policy.model(input_ids=torch.tensor(row, device=device), use_cache=False).logits for row in rows]
-        return _difference(_alone(policy, groups, device), torch.cat(own).squeeze(-1).float(), exact)
+        return _scores(policy, groups, device, exact)
     batch = _batch(groups, "padded", device)
     logits = policy.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.predict].float()
     own = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
     return _difference(_numbers(policy, batch), own, exact)
+
+
+def _scores(policy: RewardModel, groups: list[TokenGroup], device: torch.device, exact: bool) -> float:
+    """Our scores against the library's, which pools the last token of a row on its own if it knows no padding."""
+    config = policy.network.config.get_text_config()
+    pad, config.pad_token_id = config.pad_token_id, None
+    ones = [one for group in groups for one in group.each()]
+    try:
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=not exact
+        ):  # its score layer may be wider than its states
+            rows = [torch.tensor([one.prompt + one.responses[0]], device=device) for one in ones]
+            own = torch.cat([policy.model(input_ids=row, use_cache=False).logits for row in rows]).squeeze(-1).float()
+    finally:
+        config.pad_token_id = pad
+    ours = torch.cat([policy(collate([one], [[0]], "padded").to(device)) for one in ones])
+    return _difference(ours, own, exact)
 
 
 def _together(

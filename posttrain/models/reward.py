@@ -40,9 +40,16 @@ class RewardModel(Decoder):
 
     def forward(self, batch: Batch) -> Tensor:
         """R of each response, [responses] fp32."""
+        pooled = self.pooled(batch)
+        with torch.autocast(
+            pooled.device.type, enabled=False
+        ):  # a score in 8 bits would tie where people see a difference
+            return self.head(pooled.float()).squeeze(-1)
+
+    def pooled(self, batch: Batch) -> Tensor:
+        """The state that each response is scored by, [responses, H]."""
         states = self.hidden(batch).flatten(0, 1)  # [R·L, H]
-        pooled = self._mean(states, batch) if self.pooling == "mean" else states[self._position(batch)]
-        return self.head(pooled).squeeze(-1).float()
+        return self._mean(states, batch) if self.pooling == "mean" else states[self._position(batch)]
 
     def _mean(self, states: Tensor, batch: Batch) -> Tensor:
         """[responses, H], over each completion's own tokens, in fp32."""

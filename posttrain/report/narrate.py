@@ -22,9 +22,6 @@ SHOWN = (
 IN_A_LINE = ("accuracy", "pair_accuracy", "reward", "nll", "perplexity", "token_accuracy", "kl", "ece")
 """Metrics of the line that each evaluation gets."""
 
-NEITHER = {"kl", "margin", "reward_chosen", "reward_rejected", "nll_worst", "temperature"}
-"""Metrics that are not better for being higher or lower."""
-
 SHOWN_SAMPLES = 3
 
 
@@ -148,7 +145,7 @@ def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] 
     told = (
         "–" if change is None else f"{_signed(change['value'])} [{_signed(change['low'])}, {_signed(change['high'])}]"
     )
-    said = "" if name in NEITHER or _claims_nothing(name, first) else _verdict(change)
+    said = "" if name in stats.NEITHER or _claims_nothing(name, first) else _verdict(change)
     return [name, interval(_plain(first, name)), interval(_plain(last, name)), told, said]
 
 

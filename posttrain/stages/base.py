@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,8 @@ class Stage:
     splits_long_documents: ClassVar[bool] = False
     streams: ClassVar[bool] = True
     """Whether it can train on data that is read as it goes (data.streaming)."""
+    useless: ClassVar[str] = ""
+    """Why a Group that `groups` leaves out teaches nothing, for the user."""
     generates: ClassVar[bool] = True
     """Whether its model writes answers, so that evaluation can ask for some."""
     watches: ClassVar[str] = "nll"
@@ -67,6 +69,10 @@ class Stage:
         sampler_known: the data has the log-probs under the model that sampled its responses.
         """
         return "never"
+
+    def group_settings(self) -> dict[str, Any]:
+        """The settings that decide which Groups there are: with others, data is not found in the cache again."""
+        return asdict(self)
 
     def head(self, ends: set[int]) -> Head | None:
         """What a reward model has in place of the output layer; None for a policy. ends: tokens that end a turn."""

@@ -10,7 +10,7 @@ untied pairs from one forward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,9 @@ class DPO(Preference):
     def needs_reference(self, sampler_known: bool) -> str:
         return "evaluation" if self.without_reference else "always"
 
+    def group_settings(self) -> dict[str, Any]:
+        return {"pairs": self.pairs}
+
     def keeps(self, group: Group) -> bool:
         scores = standings(group)
         assert scores is not None
@@ -106,6 +109,7 @@ class DPO(Preference):
         """h of each pair, [P]; the target margin γ taken off."""
         if self.link == "odds_ratio":
             mean = batch.by_response(logprobs) / batch.trained_per_response  # log p of a token, geometric mean
+            mean = mean.clamp(max=-1e-6)  # a certain response has no finite odds
             score = mean - torch.log(-torch.expm1(mean))  # log odds, log p/(1-p)
             return score[pairs.first] - score[pairs.second]
         gap = batch.by_response(self.log_ratios(logprobs, batch))

@@ -19,7 +19,7 @@ unless E_ref[r] = 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from posttrain.stages.preferences import (
     pair_records,
     pairs_in,
     reference_records,
+    soft,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ MINUS_INF = float("-inf")
 class GPRO(Preference):
     """Form, target and temperature; see the module's equations."""
 
-    watches: ClassVar[str] = "reward"
     useless: ClassVar[str] = (
         "prompts whose rewards are all equal (K = 1 included) carry no signal; stage.form=dual stage.target=reward reads "
         "rewards one by one, stage=dpo pairs"
@@ -71,6 +71,9 @@ class GPRO(Preference):
         if self.target == "reward" and self.normalize_rewards != "none":
             raise ConfigError("stage.target=reward needs rewards as they are, >= 0; leave stage.normalize_rewards=none")
 
+    def group_settings(self) -> dict[str, Any]:
+        return {"target": self.target, "equal_rewards": self.equal_rewards}
+
     def keeps(self, group: Group) -> bool:
         if group.rewards is None:
             raise DataError(
@@ -83,6 +86,11 @@ class GPRO(Preference):
                 "e^z = r and needs rewards >= 0; shift them, or set stage.target=tilt"
             )
         return self.target == "reward" or self.equal_rewards == "keep" or min(group.rewards) < max(group.rewards)
+
+    @property
+    def watches(self) -> str:  # type: ignore[override]
+        """The held-out objective where rewards are read one by one: the weighted mean of one reward cannot change."""
+        return "objective" if self.target == "reward" else "reward"
 
     def needs_reference(self, sampler_known: bool) -> str:
         """form=weighted reads it while training only for ρ = π_ref/μ."""
@@ -133,8 +141,11 @@ class GPRO(Preference):
         return weights(rewards, self.beta, matrix(self.log_rho(batch), batch, MINUS_INF))
 
     def pair_losses(self, z: Tensor, pairs: Pairs) -> Tensor:
-        """f(β(z_w - z_l)), [P]."""
+        """f(β(z_w - z_l)), [P]; a soft preference weighs both directions."""
         gap = z[pairs.first] - z[pairs.second]
+        return soft(self.link_of(gap), self.link_of(-gap), pairs.p)
+
+    def link_of(self, gap: Tensor) -> Tensor:
         if self.link == "squared":
             return (gap - 1 / (2 * self.beta)) ** 2
         return link_loss(self.beta * gap, self.link)
@@ -152,6 +163,9 @@ class GPRO(Preference):
             }
         effective = 1 / (self.omega(batch) ** 2).sum(1)
         records |= means({"reward": self.expected_reward(z, batch), "effective_responses": effective})
+        if self.target == "reward":
+            given = matrix(z, batch, 0.0), matrix(batch.rewards, batch, MINUS_INF)
+            records |= means({"objective": dual_loss(*given, self.beta, "reward", self.z_max)})
         return records | reference_records(logprobs, batch)
 
     def expected_reward(self, z: Tensor, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ reports stays the unsmoothed nll.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ class Likelihood(Stage):
 
     label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "below": 1.0})
     aux_weight: float = field(default=0.001, metadata={"min": 0.0})
+
+    def group_settings(self) -> dict[str, Any]:
+        return {}  # which turns are trained stands in the encoding
 
     def weights(self) -> dict[str, float]:
         return {"aux": self.aux_weight}

@@ -29,8 +29,6 @@ class Preference(Stage):
     data_formats: ClassVar[tuple[str, ...]] = ("pairs", "groups", "scored")
     train_on: ClassVar[str] = "response"
     streams: ClassVar[bool] = False  # prompts are joined, and the reference reads all of the data first
-    useless: ClassVar[str] = ""
-    """Why a Group that `keeps` refuses teaches nothing, for the user."""
 
     def keeps(self, group: Group) -> bool:
         """Whether this Group has anything to learn from."""
@@ -41,8 +39,7 @@ class Preference(Stage):
         return group
 
     def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterator[Group]:
-        """Judged Groups with something to learn from; single responses to one prompt are joined. DataError if there are
-        none at all."""
+        """Judged Groups with something to learn from; single responses to one prompt are joined."""
         seen = kept = 0
         for group in _joined(groups):
             if standings(group) is None:
@@ -54,8 +51,6 @@ class Preference(Stage):
                 yield self.select(group)
         if seen > kept:
             notes[f"skipped: {self.useless}"] += seen - kept
-        if seen and not kept:
-            raise DataError(f"nothing to learn: {self.useless}, in all {seen:,} of them")
 
 
 def _joined(groups: Iterable[Group]) -> Iterator[Group]:
@@ -187,15 +182,16 @@ def _grid_records(margin: np.ndarray, p: np.ndarray, owner: np.ndarray, count: i
 
 
 def reference_records(logprobs: Tensor, batch: Batch) -> Records:
-    """kl: Σ_t (e^δ - 1 - δ), δ = log π_θ - log π_ref, over the data's own response tokens, and their number.
+    """kl: Σ_t ½δ², δ = log π_θ - log π_ref, over the data's own response tokens, and their number.
 
-    In expectation over tokens drawn from π_ref it is KL(π_ref‖π_θ), nats a token (k3 of Schulman, joschu.net/blog/kl-approx);
-    on other people's responses a measure of how far the policy has moved there, 0 only where it has not.
+    The estimator k2 of Schulman (joschu.net/blog/kl-approx), nats a token: near the reference the KL of tokens drawn from
+    either; on other people's responses a measure of how far the policy has moved there, 0 only where it has not. (k3's
+    exponential has tails there that no interval survives.)
     """
     assert batch.reference is not None
     delta = (logprobs - batch.reference).double()
     owner = batch.group[batch.response]
     total = torch.zeros(len(batch.ids), dtype=torch.float64, device=delta.device)
-    moved = total.index_add(0, owner, torch.expm1(delta) - delta)
+    moved = total.index_add(0, owner, delta**2 / 2)
     tokens = total.index_add(0, owner, torch.ones_like(delta))
     return {"kl_sum": moved.cpu().numpy(), "kl_count": tokens.cpu().numpy()}

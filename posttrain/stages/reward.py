@@ -12,7 +12,7 @@ The unit is the prompt: L = (1/G) Σ_g L_g over the G prompts of the optimizer s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from posttrain.data.group import Group
 from posttrain.data.preferences import standings
+from posttrain.errors import ConfigError
 from posttrain.models.networks import Head
 from posttrain.stages.base import Loss, Records
 from posttrain.stages.preferences import Pairs, Preference, extremes, matrix, means, pair_records, pairs_in, soft
@@ -42,8 +43,19 @@ class Reward(Preference):
 
     objective: Literal["bradley_terry", "hinge", "mse", "listwise", "plackett_luce"] = "bradley_terry"
     pooling: Literal["last", "mean", "special"] = "last"
-    margin: float = 0.0
+    margin: float | None = None
     centering: float = field(default=0.0, metadata={"min": 0.0})
+
+    def check(self) -> None:
+        super().check()
+        if self.objective in ("hinge", "mse") and self.margin is not None and self.margin <= 0:
+            raise ConfigError(
+                f"stage.objective={self.objective} with stage.margin={self.margin:g} is content with equal scores; set a "
+                "margin > 0, or leave it null, which is 1"
+            )
+
+    def group_settings(self) -> dict[str, Any]:
+        return {}
 
     def keeps(self, group: Group) -> bool:
         scores = standings(group)
@@ -81,15 +93,19 @@ class Reward(Preference):
         found |= {"reward_chosen": detached[pairs.first], "reward_rejected": detached[pairs.second]}
         return Loss(terms, {name: (values.sum() * batch.weight, n) for name, values in found.items()})
 
+    @property
+    def usual_margin(self) -> float:
+        """Of pairs whose row has no margin."""
+        return self.margin if self.margin is not None else float(self.objective in ("hinge", "mse"))
+
     def objective_of(self, rewards: Tensor, pairs: Pairs, batch: Batch) -> Tensor:
         """Losses of the Groups, [groups]; 0 where a Group has no pair to order."""
         if self.objective == "listwise":
             return listwise_loss(matrix(rewards, batch, float("-inf")), _targets(batch).to(rewards))
         if self.objective == "plackett_luce":
             stand = matrix(batch.standings, batch, float("-inf"))
-            best_first = stand.argsort(dim=1, descending=True, stable=True)
-            return plackett_luce_loss(matrix(rewards, batch, float("-inf")).gather(1, best_first))
-        margin = batch.margin.nan_to_num(nan=self.margin)[batch.group[pairs.first]].to(rewards)
+            return plackett_luce_loss(matrix(rewards, batch, float("-inf")), stand)
+        margin = batch.margin.nan_to_num(nan=self.usual_margin)[batch.group[pairs.first]].to(rewards)
         h = rewards[pairs.first] - rewards[pairs.second]
         losses = soft(pairwise_loss(h, self.objective, margin), pairwise_loss(-h, self.objective, margin), pairs.p)
         return _mean_by_group(losses, pairs, batch)
@@ -118,11 +134,19 @@ def listwise_loss(rewards: Tensor, targets: Tensor) -> Tensor:
     return -(targets * rewards.log_softmax(1).masked_fill(targets == 0, 0.0)).sum(1)
 
 
-def plackett_luce_loss(rewards: Tensor) -> Tensor:
-    """-Σ_j log softmax over candidates j, j+1, ..., [groups]; rewards [groups, K], best first, -inf at the end where a
-    Group has fewer responses. Equal scores of K responses: log K!."""
-    remaining = rewards.flip(1).logcumsumexp(1).flip(1)
-    return (remaining - rewards).masked_fill(rewards == float("-inf"), 0.0).sum(1)
+def plackett_luce_loss(rewards: Tensor, standings: Tensor | None = None) -> Tensor:
+    """-Σ_j log softmax over j and the candidates below it, [groups]; rewards and standings [groups, K], -inf where a Group
+    has fewer responses. Without standings the responses stand best first. Equal scores of K ordered responses: log K!.
+
+    Ties: each of the tied is placed against those below, in no order among themselves.
+    """
+    if standings is None:
+        standings = -torch.arange(rewards.shape[1], device=rewards.device).expand_as(rewards).to(rewards)
+    real = rewards != float("-inf")
+    below = (standings[:, None, :] < standings[:, :, None]) | torch.eye(rewards.shape[1], device=rewards.device).bool()
+    against = rewards[:, None, :].masked_fill(~(below & real[:, None, :]), float("-inf"))  # [groups, j, candidates]
+    placed = torch.where(real, against.logsumexp(2) - rewards, 0.0)
+    return placed.masked_fill(~real, 0.0).sum(1)
 
 
 def _targets(batch: Batch) -> Tensor:
@@ -153,8 +177,6 @@ def _list_records(rewards: Tensor, batch: Batch) -> Records:
         many[g] = 1
         best[g] = (theirs[top] == theirs.max()).mean()  # equal scores share the credit
         correlation[g] = spearman(mine, theirs)
-    if not many.any() and (counts == 2).all():
-        return {}
     return {
         "best_accuracy_sum": best, "best_accuracy_count": many,
         "rank_correlation_sum": correlation, "rank_correlation_count": many,

@@ -12,7 +12,7 @@ from posttrain.stats.differences import PairedDifference
 from posttrain.stats.estimate import Estimate
 from posttrain.stats.intervals import clustered_wilson, wald, wilson
 from posttrain.stats.ratios import bits_per_byte, bits_per_char, bits_per_token, bootstrap, nll, perplexity
-from posttrain.stats.records import LOWER_IS_BETTER, paired, summarise
+from posttrain.stats.records import LOWER_IS_BETTER, NEITHER, paired, summarise
 from posttrain.stats.reliability import ReliabilityBin, reliability
 from posttrain.stats.significance import holm, mcnemar, smallest_detectable
 from posttrain.stats.temperature import Temperature, fit_temperature
@@ -20,6 +20,7 @@ from posttrain.stats.temperature_grid import fit_temperature_on_grid, temperatur
 
 __all__ = [
     "LOWER_IS_BETTER",
+    "NEITHER",
     "BinSums",
     "CalibrationError",
     "Estimate",

@@ -52,7 +52,13 @@ LOWER_IS_BETTER = {
     "ece",
     "kl",
     "nll_best",
+    "objective",
 }
+NEITHER = {
+    "kl", "margin", "reward_chosen", "reward_rejected", "logprob_chosen", "logprob_rejected", "nll_worst", "temperature",
+    "effective_responses",
+}  # fmt: skip
+"""Scores that are not better for being higher or lower."""
 COMPARED = {"nll", "perplexity", "bits_per_byte", "token_accuracy", "brier"}
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from posttrain.disk import write_json, writing
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.layout import packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
@@ -50,7 +50,12 @@ def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
     _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
     if cfg.stage.needs_reference(False) != "never":
-        reference = Reference(cfg, runtime, packing, tokenizer, {})
+        if cfg.model.reference is None:
+            raise ConfigError(
+                f"posttrain eval stage={cfg.stage_name} measures how far a model has come from a reference; set "
+                "model.reference to the model it was trained from"
+            )
+        reference = Reference(cfg, runtime, packing, tokenizer, {}, prepared.eval.groups(probed))
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 STEP = "posttrain.train:Trainer._update"
-DATA = "posttrain.data.loader:Loader._step"
+DATA = "posttrain.data.loader:compose"
 PARTS = {
     "backbone, forward": ["posttrain.models.policy:Policy.hidden"],
     "output layer, forward": [

@@ -143,6 +143,10 @@ def test_a_window_shorter_than_the_row_is_refused() -> None:
     responses = [[30, 31], [32]]
     long = TokenGroup("l", "l", list(range(5, 25)), responses, [[True] * 2, [True]], [1, 1], [1, 1], "{}")
     cpu = torch.device("cpu")
+    scorer = RewardModel(network("mistral", scores=True, sliding_window=8))
+    torch.nn.init.zeros_(scorer.head.weight)  # as a run begins: its scores would agree whatever it sees
+    with pytest.raises(ModelError, match="mistral"):
+        check_forward(scorer, [*groups(), long], "shared", cpu)
     with pytest.raises(ModelError, match="mistral"):
         check_forward(Policy(network("mistral", sliding_window=8)), [*groups(), long], "shared", cpu)
     assert (

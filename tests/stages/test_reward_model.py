@@ -77,7 +77,7 @@ def test_the_head_is_saved_with_a_4_bit_adapter(run: Run) -> None:
     tokenizer = AutoTokenizer.from_pretrained("r/model")
     base.config.pad_token_id = tokenizer.pad_token_id
     found = scores_of(PeftModel.from_pretrained(base, "r/model"), tokenizer, texts("chosen"))
-    np.testing.assert_allclose(found, chosen, atol=1e-2)  # its kernel on this processor is another
+    np.testing.assert_allclose(found, chosen, atol=0.05)  # its kernel on this processor is another
 
 
 def test_training_goes_on_from_a_reward_model(run: Run) -> None:
