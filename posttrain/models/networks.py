@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.load import load_config, load_model
 from posttrain.models.policy import Policy
-from posttrain.models.reward import Pooling, RewardModel
+from posttrain.models.reward import POOLING_KEY, Pooling, RewardModel
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, ModelConfig
@@ -62,6 +64,8 @@ def build_network(
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
     """
     config = load_config(model)
+    if head is not None:
+        _check_pooling(config, model, adapter, head)
     frozen = adapter.name != "none"
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
     network: Any = load_model(model, config, dtype, seed, quantization(adapter, compute_dtype), scores=head is not None)
@@ -78,6 +82,19 @@ def build_network(
     if frozen:
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
     return (Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)), described
+
+
+def _check_pooling(config: Any, model: ModelConfig, adapter: AdapterConfig, head: Head) -> None:
+    """A reward model must go on pooling as it was trained."""
+    trained = getattr(config, POOLING_KEY, None)
+    beside = Path(adapter.path or "").expanduser() / "posttrain.json"
+    if adapter.path and beside.is_file():
+        trained = json.loads(beside.read_text(encoding="utf-8")).get(POOLING_KEY)
+    if trained not in (None, head.pooling):
+        raise ModelError(
+            f"{adapter.path or model.path} was trained with stage.pooling={trained}, not {head.pooling}: its scores would mean "
+            f"nothing; set stage.pooling={trained}"
+        )
 
 
 def _freeze_towers(network: Any) -> None:

@@ -62,4 +62,6 @@ def _base_of(found: str, base: str, dtype: torch.dtype | str, tokenizer: Any) ->
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     config = AutoConfig.from_pretrained(base)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    if (beside := Path(found) / "posttrain.json").is_file():  # how it pools, for the whole model it may be merged into
+        vars(config).update(json.loads(beside.read_text(encoding="utf-8")))
     return AutoModelForSequenceClassification.from_pretrained(base, config=config, dtype=dtype)

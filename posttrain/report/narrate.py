@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
 from posttrain.evaluate import Evaluation, Sample
+from posttrain.models.reward import RewardModel
 from posttrain.report.console import interval, number
 
 if TYPE_CHECKING:
@@ -112,15 +113,22 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
         )
     elif first is not None and last is not None and last.metrics and not summary.best_checkpoint:
         console.line(f"no later evaluation beat the start's {session.cfg.stage.watches}: there is no best checkpoint")
-    console.facts("next", next_commands(summary, session.cfg.stage.generates))
+    console.facts("next", next_commands(summary, session.networks.module))
 
 
-def next_commands(summary: Summary, talks: bool) -> list[tuple[str, str]]:
-    """What a user may want to type now."""
-    run = summary.run_dir
+def next_commands(summary: Summary, module: Any) -> list[tuple[str, str]]:
+    """What a user may want to type now. module: the policy or reward model."""
+    run, talks = summary.run_dir, not isinstance(module, RewardModel)
     use = ("talk to it", f"posttrain chat {run}")
-    if not talks:
+    if isinstance(module, RewardModel):
         use = ("load it", f"AutoModelForSequenceClassification.from_pretrained('{run}/model')")
+        if module.model is not module.network:
+            use = ("whole weights", f"posttrain merge {run} {run}-merged")
+        if module.pooling != "last":
+            use = (
+                "score with it",
+                f"here alone: other tools pool the last token, this pools stage.pooling={module.pooling}",
+            )
     return [
         use,
         ("its files", f"{run}/model (weights), metrics.jsonl, {'samples.jsonl, ' if talks else ''}summary.json"),

@@ -91,6 +91,14 @@ def test_training_goes_on_from_a_reward_model(run: Run) -> None:
 def test_other_poolings_say_so(run: Run, pooling: str) -> None:
     run(*PAIRS, f"stage.pooling={pooling}", "run.dir=r")
     assert json.loads(Path("r/model/config.json").read_text())["posttrain_pooling"] == pooling
+    with pytest.raises(ModelError, match=rf"set stage\.pooling={pooling}"):
+        run(*PAIRS, "model.path=r", "run.dir=s")
+
+
+def test_an_adapter_of_a_language_model_is_no_reward_model(run: Run) -> None:
+    run("adapter=lora", "run.dir=a", "optim.lr=1e-3")
+    with pytest.raises(ModelError, match="posttrain merge"):
+        run(*PAIRS, "adapter=lora", "adapter.path=a/model", "run.dir=b")
 
 
 def test_pad_is_a_token_of_no_text(run: Run) -> None:
