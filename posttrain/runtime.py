@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from posttrain.alarm import Alarm
+from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, tell_here
 
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
@@ -44,6 +45,8 @@ class Runtime:
         self.precision, self.compute_dtype = precision, COMPUTE[precision]
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.alarm = Alarm(self.rank, self.world) if self.world > 1 and "MASTER_PORT" in os.environ else None
         if self.device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise ConfigError("precision=bf16, but this GPU has no bf16; try precision=fp32")

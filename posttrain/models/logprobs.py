@@ -23,6 +23,10 @@ CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 pass over the layer's whole gradient, so much smaller ones cost time."""
 
 
+ROWS = 4096
+"""Rows of the output layer's gradient that are added to at a time."""
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """What a family does to its logits after the output layer: z ← cap·tanh(scale·z / cap)."""
@@ -208,22 +212,32 @@ class Grads:
 
     def __init__(self, needed: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
+        make = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk is written, not added
+        self.weight = make(weight) if needed[1] else None
         self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
         self.product: Tensor | None = None
 
     def add(self, part: slice, grad: Tensor, h: Tensor, w: Tensor) -> None:
-        """grad: ∂/∂logits [n, V] of this chunk, in the compute dtype."""
+        """grad: ∂/∂logits [n, V] of this chunk, in the compute dtype; chunks come in order, from the first."""
         if self.hidden is not None:
             self.hidden[part] = grad @ w
         if self.weight is not None:
-            if grad.dtype == self.weight.dtype:
-                self.weight.addmm_(grad.T, h)
-            else:
-                self.product = h.new_empty(self.weight.shape) if self.product is None else self.product
-                self.weight += torch.mm(grad.T, h, out=self.product)
+            self._add_weight(part.start == 0, grad.T, h, self.weight)
         if self.bias is not None:
             self.bias += grad.float().sum(0).to(self.bias.dtype)
+
+    def _add_weight(self, first: bool, grad: Tensor, h: Tensor, weight: Tensor) -> None:
+        """weight += grad [V, n] · h [n, H]."""
+        if grad.dtype == weight.dtype:
+            torch.mm(grad, h, out=weight) if first else weight.addmm_(grad, h)
+            return
+        self.product = h.new_empty(weight.shape) if self.product is None else self.product
+        torch.mm(grad, h, out=self.product)
+        if first:
+            weight.copy_(self.product)
+            return
+        for rows, product in zip(weight.split(ROWS), self.product.split(ROWS), strict=True):
+            rows += product  # a sum of two dtypes first writes a copy of its second
 
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.hidden, self.weight, self.bias

@@ -222,8 +222,7 @@ def dual_loss(
     rho = torch.ones_like(rewards) if log_rho is None else log_rho.exp()
     rho = rho.masked_fill(~real, 0.0).to(z)
     near = z.clamp(max=z_max)
-    exponential = near.exp() * (1 + z - near)
-    conjugate = beta * (exponential - 1)  # Ω*(β z)
+    conjugate = beta * (near.expm1() + near.exp() * (z - near))  # Ω*(β z); expm1, for z begins at 0
     k = real.sum(1)
     if target == "reward":
         return (rho * (conjugate - beta * rewards.masked_fill(~real, 0.0).to(z) * z)).sum(1) / k

@@ -9,7 +9,7 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 STEP = "posttrain.train:Trainer._update"
@@ -71,10 +71,9 @@ def timing() -> Iterator[Timers]:
     timers, undo = Timers(), []
     around = [(place, functools.partial(timers.part, name)) for name, places in PARTS.items() for place in places]
     for place, wrap in [*around, (DATA, functools.partial(timers.part, "data")), (STEP, timers.step)]:
-        with suppress(AttributeError):  # a part that this version of the code does not have takes no time
-            owner, name = _owner(place)
-            undo.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, wrap(getattr(owner, name)))
+        owner, name = _owner(place)
+        undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, wrap(getattr(owner, name)))
     try:
         yield timers
     finally:

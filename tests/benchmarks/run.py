@@ -24,7 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-PEERS = ("posttrain", "trl")
+Round = list[tuple[dict[str, Any], dict[str, Any]]]
+"""Ours and the peer's, of each round."""
 
 
 def measure(peer: str, layout: str, adapter: str, steps: int, options: Any) -> dict[str, Any]:
@@ -40,19 +41,28 @@ def measure(peer: str, layout: str, adapter: str, steps: int, options: Any) -> d
     return found
 
 
-def rounds(layout: str, adapter: str, steps: int, options: Any) -> list[tuple[dict[str, Any], ...]]:
-    """Ours and the peer's, by turns. The peer is always padded: its packing drops the borders between examples on the
-    attention a processor has."""
-    layouts = {"posttrain": layout, "trl": "padded"}
-    found = [tuple(measure(p, layouts[p], adapter, steps, options) for p in PEERS) for _ in range(options.rounds)]
-    for ours, theirs in found if steps else []:
-        pairs = zip(ours["losses"], theirs["losses"], strict=True)
-        if not all(abs(a - b) < 0.01 * b for a, b in pairs):
-            raise SystemExit(f"the losses differ, so nothing can be compared:\n{ours['losses']}\n{theirs['losses']}")
+def rounds(cases: list[tuple[str, str]], steps: int, options: Any) -> dict[tuple[str, str], Round]:
+    """Ours and the peer's by turns, and their losses shown equal; the peer once a round for all layouts of an adapter. It is
+    always padded: its packing drops the borders between examples on the attention that a processor has."""
+    found: dict[tuple[str, str], Round] = {case: [] for case in cases}
+    for _ in range(options.rounds):
+        theirs: dict[str, dict[str, Any]] = {}
+        for layout, adapter in cases:
+            ours = measure("posttrain", layout, adapter, steps, options)
+            if adapter not in theirs:
+                theirs[adapter] = measure("trl", "padded", adapter, steps, options)
+            found[layout, adapter].append((ours, theirs[adapter]))
+            if steps:
+                check_equal(ours["losses"], theirs[adapter]["losses"])
     return found
 
 
-def cells(found: list[tuple[dict[str, Any], ...]], name: str, digits: int = 0) -> str:
+def check_equal(ours: list[float], theirs: list[float]) -> None:
+    if not all(abs(a - b) < 0.01 * b for a, b in zip(ours, theirs, strict=True)):
+        raise SystemExit(f"the losses differ, so nothing can be compared:\n{ours}\n{theirs}")
+
+
+def cells(found: Round, name: str, digits: int = 0) -> str:
     """Ours, the peer's, and their ratio: medians over the rounds, the ratio with its smallest and largest."""
     sides = [statistics.median(each[side][name] for each in found) for side in range(2)]
     ratios = sorted(ours[name] / theirs[name] for ours, theirs in found)
@@ -60,7 +70,7 @@ def cells(found: list[tuple[dict[str, Any], ...]], name: str, digits: int = 0) -
     return f"{sides[0]:,.{digits}f} | {sides[1]:,.{digits}f} | {spread}"
 
 
-def profile(found: dict[str, list[tuple[dict[str, Any], ...]]]) -> list[str]:
+def profile(found: dict[str, Round]) -> list[str]:
     """A column a case: the median share of each part of our steps, in percent."""
     names = list(next(iter(found.values()))[0][0]["profile"])
     lines = [f"| part of our step, % | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
@@ -73,8 +83,8 @@ def profile(found: dict[str, list[tuple[dict[str, Any], ...]]]) -> list[str]:
 def section(options: Any) -> str:
     """One stage's part of the results."""
     stage = importlib.import_module(options.stage)
-    found = {f"{a}, {b}": rounds(a, b, options.steps, options) for a, b in stage.CASES}
-    tokens = rounds("padded", "none", 0, options)
+    tokens = rounds([("padded", "none")], 0, options)["padded", "none"]
+    found = {f"{a}, {b}": each for (a, b), each in rounds(stage.CASES, options.steps, options).items()}
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
     table = [f"| {case} | {cells(f, 'trained_tokens_per_second')} | {cells(f, 'peak_memory_gib', 1)} |"
              for case, f in found.items()]  # fmt: skip
@@ -83,9 +93,9 @@ def section(options: Any) -> str:
         "",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}.",
         f"{Path(options.model).name}, bf16 autocast over fp32 weights, batch 8, max_length 512, the same rows in the same",
-        f"order, {options.steps - 1} timed steps, {options.rounds} rounds by turns. Losses agree to 1 % at every step. Trained",
-        "tokens per second and the process's peak resident memory in GiB: medians; ratios ours to TRL's, with the smallest",
-        "and the largest of the rounds.",
+        f"order, {options.steps - 1} timed steps of wall time, {options.rounds} rounds by turns, TRL always padded. Losses agree",
+        "to 1 % at every step. Trained tokens per second and the process's peak resident memory in GiB: medians; ratios ours",
+        "to TRL's, with the smallest and the largest of the rounds.",
         "",
         "| layout, adapter | tokens/s | TRL's | times as fast | memory | TRL's | times the memory |",
         "|---|---|---|---|---|---|---|",

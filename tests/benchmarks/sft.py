@@ -11,7 +11,7 @@ from typing import Any
 from measure import MAX_LENGTH, Found, Rows, main, posttrain_steps, posttrain_tokenisation, trl_arguments, trl_steps
 
 TITLE = "Fine-tuning against TRL's SFTTrainer"
-CASES = [("padded", "none"), ("packed", "none"), ("padded", "lora")]
+CASES = [("padded", "none"), ("packed", "none"), ("padded", "lora"), ("packed", "lora")]
 
 
 def ours(options: Any, rows: Rows) -> Found:
