@@ -22,6 +22,7 @@ from posttrain.verify import VERIFIERS
 
 if TYPE_CHECKING:
     from posttrain.config import EvalConfig
+    from posttrain.judge import Judge
     from posttrain.models.networks import Networks
     from posttrain.runtime import Runtime
 
@@ -45,6 +46,8 @@ class Sample:
     verdict: bool | None = None
     verified: bool = False
     question: str = ""
+    cluster: str = ""
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +84,8 @@ class Evaluator:
     ) -> None:
         self.stage, self.networks, self.data, self.packing = stage, networks, data, packing
         self.runtime, self.options, self.ends, self.seed = runtime, options, ends, seed
-        self.batches = evaluation_batches(data, packing, runtime.rank, runtime.world)
+        self.judge: Judge | None = None
+        self.batches = [] if stage.answer_tokens else evaluation_batches(data, packing, runtime.rank, runtime.world)
 
     @torch.no_grad()
     def __call__(self, step: int, final: bool = False, samples: bool = False) -> Evaluation:
@@ -92,7 +96,8 @@ class Evaluator:
             batch = gather(self.data, positions, rows, self.packing.layout).to(self.runtime.device)
             records = self.stage.score(self.networks, batch, self.options.bins)
             parts.append((batch.ids, batch.clusters, records))
-        answers = self._generate() if samples and self.options.generate and self.stage.generates else []
+        asked = (samples or self.stage.answer_tokens) and self.options.generate and self.stage.generates
+        answers = self._generate() if asked else []
         parts, answers = self.runtime.gather(parts), self.runtime.gather(answers)
         self.networks.train(True)
         evaluation = self._summarise(step, parts, answers, final) if self.runtime.is_main else None
@@ -100,6 +105,9 @@ class Evaluator:
         return evaluation or Evaluation(step, metrics)
 
     def _summarise(self, step: int, parts: list[Any], answers: list[Sample], final: bool) -> Evaluation:
+        answers = sorted(answers, key=lambda sample: sample.id)
+        if not parts and answers:
+            parts = [rewarded(answers)]  # they are all there is to score
         if not parts:
             return Evaluation(step, {}, samples=answers)
         ids = [i for part in parts for i in part[0]]
@@ -110,7 +118,6 @@ class Evaluator:
         order = np.argsort(np.array(ids), kind="stable")
         ids, clusters = [ids[i] for i in order], [clusters[i] for i in order]
         columns = {name: column[order] for name, column in columns.items()}
-        answers = sorted(answers, key=lambda sample: sample.id)
         self._add_accuracy(columns, ids, answers)
         return Evaluation(step, self._metrics(columns, ids, clusters, final), ids, clusters, columns, answers)
 
@@ -153,20 +160,43 @@ class Evaluator:
                 device=self.runtime.device,
             )
         verify = VERIFIERS.get(self.options.verifier)
+        rewards = self.judge(groups, generated).each() if self.judge else [{} for _ in groups]
         samples = []
-        for group, prompt, answer in zip(groups, prompts, generated, strict=True):
+        for group, prompt, answer, judged in zip(groups, prompts, generated, rewards, strict=True):
             text = tokenizer.decode(answer.ids, skip_special_tokens=True)
             reference = reference_answer(group, tokenizer)
             verdict = verify(text, reference) if verify else None
             shown = tokenizer.decode(prompt)
             samples.append(
-                Sample(group.id, shown, text, reference, answer.finished, verdict, verify is not None, question(group))
+                Sample(
+                    group.id,
+                    shown,
+                    text,
+                    reference,
+                    answer.finished,
+                    verdict,
+                    verify is not None,
+                    question(group),
+                    group.cluster,
+                    judged,
+                )
             )
         return samples
 
 
+def rewarded(answers: list[Sample]) -> tuple[list[str], list[str], Records]:
+    """ids, clusters and a record of each answer's rewards."""
+    columns: Records = {}
+    for name in answers[0].rewards:
+        columns[f"{name}_sum"] = np.array([answer.rewards[name] for answer in answers])
+        columns[f"{name}_count"] = np.ones(len(answers))
+    return [answer.id for answer in answers], [answer.cluster for answer in answers], columns
+
+
 def prompt_tokens(group: TokenGroup) -> list[int]:
     """What generation is given: the prompt, or the beginning of a plain document."""
+    if not group.count:
+        return group.prompt
     if json.loads(group.text)["prompt"] is not None:
         return group.prompt + group.responses[0][: group.masks[0].index(True)]
     whole = group.prompt + group.responses[0]
@@ -184,6 +214,8 @@ def reference_answer(group: TokenGroup, tokenizer: Any) -> str:
     text = json.loads(group.text)
     if "answer" in text["columns"]:
         return str(text["columns"]["answer"])
+    if not group.count:
+        return ""
     if text["prompt"] is None:
         return str(text["responses"][0])
     k = int(np.argmax(group.standings)) if group.standings else 0

@@ -114,26 +114,15 @@ class Reference:
     def _open(self, start: Policy | None) -> None:
         if self._policy is not None:
             return
-        cfg, given = self.cfg, self.cfg.model.reference
-        if given is None and start is not None:
+        if self.cfg.model.reference is None and start is not None:
             self._policy = start
             return
-        model, adapter = cfg.model, cfg.adapter
-        if given is not None:
-            model = replace(
-                model, path=given, tokenizer=None, revision=None, gguf_file=None, init="weights", config={}, rope_scaling=None
-            )  # fmt: skip
-            adapter = replace(adapter, name="none", path=None)
-        try:
-            if given is not None:
-                check_vocabulary(self.tokenizer, load_tokenizer(model), given)
-            policy: Any = build_network(model, adapter, self.runtime.compute_dtype, cfg.train.seed)[0]
-            policy.to(self.runtime.device)
-            if given is not None:
+        self._policy = policy = reference_network(self.cfg, self.runtime, self.tokenizer)
+        if self.cfg.model.reference is not None:
+            try:
                 check_forward(policy, self.examples, self.packing.layout, self.runtime.device)
-        except ModelError as error:
-            raise ModelError(str(error).replace("model.path", "model.reference")) from error
-        self._policy = policy
+            except ModelError as error:
+                raise _named(error) from error
 
     def _key(self, side: str, fingerprint: str) -> str:
         if self._digest is None:
@@ -162,6 +151,26 @@ class Reference:
 
             cache.build(self._directory(key), fill)
         self.runtime.barrier()
+
+
+def reference_network(cfg: Config, runtime: Runtime, tokenizer: Any) -> Any:
+    """The model at model.reference, or the one that the run began with, on the run's device."""
+    model, adapter, given = cfg.model, cfg.adapter, cfg.model.reference
+    if given is not None:
+        model = replace(
+            model, path=given, tokenizer=None, revision=None, gguf_file=None, init="weights", config={}, rope_scaling=None
+        )  # fmt: skip
+        adapter = replace(adapter, name="none", path=None)
+    try:
+        if given is not None:
+            check_vocabulary(tokenizer, load_tokenizer(model), given)
+        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed)[0].to(runtime.device)
+    except ModelError as error:
+        raise _named(error) from error
+
+
+def _named(error: ModelError) -> ModelError:
+    return ModelError(str(error).replace("model.path", "model.reference"))
 
 
 @torch.no_grad()

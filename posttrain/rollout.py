@@ -1,24 +1,68 @@
-"""Generation: token ids in, token ids out, in evaluation mode, with every sampling setting our own."""
+"""Generation: token ids in; ids, finish reason and log-probs out, in evaluation mode, with every sampling setting our own.
+
+Prompts of like length share a batch, padded on the left; rows that have finished leave it; a prompt that is answered several
+times is read once. Every answer draws its random numbers from a stream of its own, so that neither the batch it is made in
+nor the number of ranks decides what is sampled.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from posttrain.models.load import position_limit
 from posttrain.models.policy import Policy
 
+LEAVE = 0.75
+"""Rows leave the batch once at most this share of it is still being written: each time copies the others' cache."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature, then top_k, then top_p. temperature 0: the likeliest token.
+
+    seed: one number for all answers; with the prompt's key and the answer's number it gives that answer's random numbers.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer: its ids without the end token, and whether an end token closed it (else the length limit did)."""
+    """One answer: its ids without the end token; the end token that closed it, or None where the length limit did.
+
+    logprobs: nats of the ids and the end token under the distribution they were drawn from.
+    """
 
     ids: list[int]
-    finished: bool
+    end: int | None
+    logprobs: list[float]
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None
+
+
+class RolloutBackend(Protocol):
+    """What writes answers. prompts: token ids; keys: a number a prompt, for its random numbers; samples: answers a prompt.
+
+    Returns len(prompts)·samples answers, those of a prompt beside each other.
+    """
+
+    def __call__(
+        self, prompts: Sequence[list[int]], keys: Sequence[int], samples: int, sampling: Sampling, max_new_tokens: int
+    ) -> list[Generation]: ...
 
 
 @torch.no_grad()
@@ -30,46 +74,190 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int = 16_384,
     device: torch.device | None = None,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    keys: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """Greedy answers to tokenised prompts, in their order; prompts of like length share a batch, padded on the left.
+    """Answers to tokenised prompts, in their order, `samples` of them beside each other for each prompt.
 
-    The model's own generation_config is overridden whole: a stray top_k or repetition_penalty there changes nothing.
+    keys: a number a prompt (default: its place), which with sampling.seed decides its random numbers.
     """
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    answers: list[Generation | None] = [None] * len(prompts)
+    sampling, keys = sampling or Sampling(), range(len(prompts)) if keys is None else keys
+    answers: list[list[Generation]] = [[] for _ in prompts]
     limit = position_limit(policy.network.config)  # an answer ends where the positions do
-    with _only_settings(policy, settings):
-        for part in _buckets(prompts, max_new_tokens, batch_tokens):
-            ids, mask = _left_padded([prompts[i] for i in part], pad)
-            settings.max_new_tokens = max(1, min(max_new_tokens, limit - ids.shape[1])) if limit else max_new_tokens
-            output = policy.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-            for i, row in zip(part, output[:, ids.shape[1] :].tolist(), strict=True):
-                stop = next((n for n, token in enumerate(row) if token in ends), None)
-                answers[i] = Generation(row[:stop], stop is not None)
-    return [answer for answer in answers if answer is not None]
+    with _evaluating(policy):
+        ours = attends(policy, device)
+        write = (_Writer if ours else _Library)(policy, ends, pad, sampling, device)
+        for part in _buckets(prompts, max_new_tokens, batch_tokens, samples, padded=ours):
+            given = [prompts[i] for i in part]
+            room = max(1, min(max_new_tokens, limit - max(map(len, given)))) if limit else max_new_tokens
+            found = write(given, _uniforms([keys[i] for i in part], samples, room, sampling), samples, room)
+            for place, i in enumerate(part):
+                answers[i] = found[place * samples : (place + 1) * samples]
+    return [answer for each in answers for answer in each]
+
+
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token of each row and its log-prob under the distribution it was drawn from, [rows] each.
+
+    logits: [rows, V]; uniform: [rows] in [0, 1), by which the distribution's inverse is read.
+    """
+    if sampling.temperature == 0:
+        logprobs = logits.float().log_softmax(-1)
+        token = logprobs.argmax(-1)
+    else:
+        logprobs = filtered(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
+        cumulative = logprobs.exp().cumsum(-1)
+        at = torch.searchsorted(cumulative, (uniform.to(cumulative) * cumulative[:, -1])[:, None], right=True)[:, 0]
+        token = torch.where(at < logits.shape[-1], at, logprobs.argmax(-1))  # a number that was rounded up to the end
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def filtered(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """-inf at what is not among the top_k tokens, then at what is not in the smallest set of mass top_p. [rows, V]"""
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier ones
+        logits = logits.masked_fill(
+            torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, before >= top_p), -torch.inf
+        )
+    return logits
+
+
+def attends(policy: Policy, device: Any = None) -> bool:
+    """Whether all that the model keeps of earlier tokens is attention's cache, which passes padding over and whose rows can be
+    chosen; recurrent models are written by the library's loop, without padding."""
+    network: Any = policy.network
+    if "past_key_values" not in inspect.signature(network.forward).parameters:
+        return False
+    output = network(input_ids=torch.tensor([[0]], device=device), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    return type(cache) is DynamicCache and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+
+
+class _Writer:
+    """Our own loop over attention's cache."""
+
+    def __init__(self, policy: Policy, ends: set[int], pad: int, sampling: Sampling, device: Any) -> None:
+        self.network, self.pad, self.sampling, self.device = policy.network, pad, sampling, device
+        self.ends = torch.tensor(sorted(ends), device=device)
+        known = inspect.signature(self.network.forward).parameters
+        self.positions = "position_ids" in known
+        self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def __call__(self, prompts: Sequence[list[int]], uniforms: Tensor, samples: int, room: int) -> list[Generation]:
+        ids, mask = (t.to(self.device) for t in _left_padded(prompts, self.pad))
+        rows = len(prompts) * samples
+        logits, cache = self._forward(ids, mask, mask.cumsum(-1).sub(1).clamp(min=0), None)
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+            logits, mask = (t.repeat_interleave(samples, 0) for t in (logits, mask))
+        uniforms = uniforms.to(self.device)
+        tokens = torch.full((rows, room), self.pad, device=self.device)
+        logprobs = torch.zeros(rows, room, device=self.device)
+        lengths = torch.full((rows,), room, device=self.device)
+        here = torch.arange(rows, device=self.device)  # the answers that the batch's rows are
+        alive = torch.ones(rows, dtype=torch.bool, device=self.device)
+        for t in range(room):
+            token, logprob = pick(logits, self.sampling, uniforms[here, t])
+            written = here[alive]
+            tokens[written, t], logprobs[written, t] = token[alive], logprob[alive]
+            ended = alive & torch.isin(token, self.ends)
+            lengths[here[ended]] = t + 1
+            alive = alive & ~ended
+            left = int(alive.sum())
+            if not left or t + 1 == room:
+                break
+            if left <= LEAVE * len(alive):
+                kept = alive.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                here, mask, token, alive = here[kept], mask[kept], token[kept], alive[kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            logits, cache = self._forward(token[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
+        return self._answers(tokens, logprobs, lengths)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """The last position's logits, [rows, V], and the cache."""
+        where = {"position_ids": positions} if self.positions else {}
+        output = self.network(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **where, **self.last_only
+        )
+        return output.logits[:, -1], output.past_key_values
+
+    def _answers(self, tokens: Tensor, logprobs: Tensor, lengths: Tensor) -> list[Generation]:
+        ends = set(self.ends.tolist())
+        found = []
+        for ids, nats, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
+            ids = ids[:length]
+            end = ids[-1] if ids[-1] in ends else None
+            found.append(Generation(ids if end is None else ids[:-1], end, nats[:length]))
+        return found
+
+
+class _Library:
+    """The library's generate, for models that keep another kind of state."""
+
+    def __init__(self, policy: Policy, ends: set[int], pad: int, sampling: Sampling, device: Any) -> None:
+        self.policy, self.ends, self.device = policy, ends, device
+        drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
+        self.settings = GenerationConfig(
+            num_beams=1, eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
+            output_scores=True, **({"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}),
+        )  # fmt: skip
+
+    def __call__(self, prompts: Sequence[list[int]], uniforms: Tensor, samples: int, room: int) -> list[Generation]:
+        ids, mask = (
+            t.to(self.device).repeat_interleave(samples, 0) for t in _left_padded(prompts, self.settings.pad_token_id)
+        )
+        self.settings.max_new_tokens = room
+        with _only_settings(self.policy, self.settings), torch.random.fork_rng():
+            torch.manual_seed(int(uniforms[0, 0] * 2**53))
+            output = self.policy.model.generate(input_ids=ids, attention_mask=mask)
+        tokens = output.sequences[:, ids.shape[1] :]
+        nats = torch.stack([score.float().log_softmax(-1) for score in output.scores], 1).gather(-1, tokens[..., None])[
+            ..., 0
+        ]
+        found = []
+        for row, logprobs in zip(tokens.tolist(), nats.tolist(), strict=True):
+            stop = next((n for n, token in enumerate(row) if token in self.ends), None)
+            end = None if stop is None else row[stop]
+            found.append(Generation(row[:stop], end, logprobs[: len(row) if stop is None else stop + 1]))
+        return found
+
+
+@contextmanager
+def _evaluating(policy: Policy) -> Iterator[None]:
+    was_training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(was_training)
 
 
 @contextmanager
 def _only_settings(policy: Policy, settings: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and these settings as the model's own: what they leave unset is otherwise filled from its file."""
-    was_training, own = policy.training, policy.network.generation_config
-    policy.eval()
+    """These settings as the model's own: what they leave unset is otherwise filled from its file."""
+    own = policy.network.generation_config
     policy.network.generation_config = settings
     try:
         yield
     finally:
         policy.network.generation_config = own
-        policy.train(was_training)
 
 
-def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _uniforms(keys: Sequence[int], samples: int, room: int, sampling: Sampling) -> Tensor:
+    """[len(keys)·samples, room] numbers in [0, 1), a stream for each answer."""
+    if sampling.temperature == 0:
+        return torch.zeros(len(keys) * samples, room)
+    drawn = [np.random.default_rng([sampling.seed, key, k]).random(room) for key in keys for k in range(samples)]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """ids and mask, [R, width]."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad)
@@ -80,10 +268,16 @@ def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, 
     return ids, mask
 
 
-def _buckets(prompts: Sequence[list[int]], room: int, budget: int) -> Iterator[list[int]]:
-    """Positions in batches of like length whose padded tokens, answers included, stay within the budget."""
+def _buckets(
+    prompts: Sequence[list[int]], room: int, budget: int, samples: int, padded: bool = True
+) -> Iterator[list[int]]:
+    """Positions in batches of like length, of equal length unless `padded`, whose tokens, answers and padding included, stay
+    within the budget."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
-        rows = max(1, budget // (len(prompts[order[0]]) + room))
+        longest = len(prompts[order[0]])
+        rows = max(1, budget // ((longest + room) * samples))
+        if not padded:
+            rows = min(rows, sum(len(prompts[i]) == longest for i in order))
         yield order[:rows]
         order = order[rows:]

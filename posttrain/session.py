@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from posttrain import reference, rundir
+from posttrain import frozen, reference, rundir
 from posttrain.checkpoint import TrainState
 from posttrain.data.loader import Loader, Order
 from posttrain.data.packing import Packing
@@ -20,6 +20,7 @@ from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
+from posttrain.judge import open_judge
 from posttrain.layout import packing_of, probe_layout
 from posttrain.models.load import load_config, load_tokenizer, position_limit
 from posttrain.models.networks import Head, Networks, build_network
@@ -29,6 +30,7 @@ from posttrain.report.console import Console
 from posttrain.resume import restore, resumed
 from posttrain.rundir import RunDir
 from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
+from posttrain.stages.base import Supply
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
@@ -54,6 +56,7 @@ class Session:
     draws: int | None
     ends: set[int]
     probe: dict[str, float]
+    supply: Supply
 
 
 def on_main(runtime: Runtime, function: Callable[[], T]) -> T:
@@ -92,13 +95,14 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     seed_everything(cfg.train.seed, 0)
     model, adapter = resumed(cfg, run)
     policy, described = open_network(
-        cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends)
+        cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends), cfg.stage.needs_critic
     )
     check_fits(cfg, policy, tokenizer)
     check_rope(policy.network.config, np.concatenate([prepared.train.longest, prepared.eval.longest]))
     policy.to(runtime.device)
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
-    probe, loader.packing = probe_layout(cfg, policy, prepared, prepared.train.groups(probed), packing, runtime)
+    examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
+    probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
@@ -112,12 +116,34 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     wrapped = runtime.wrap(policy, find_unused=policy.is_mixture)
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, loader.packing, runtime, cfg.eval, ends, cfg.train.seed)
-    prepared.lines += loader.restore(state.stream) if state.step else []
+    supply = open_supply(cfg, runtime, loader, draws, ends, tokenizer, state, start)
+    if not cfg.stage.answer_tokens:
+        prepared.lines += loader.restore(state.stream) if state.step else []
+    evaluator.judge = supply.judge
     if state.step > steps:
         raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(
-        cfg, runtime, console, run, prepared, networks, loader, evaluator, optimizer, state, steps, draws, ends, probe
+        cfg, runtime, console, run, prepared, networks, loader, evaluator, optimizer, state, steps, draws, ends, probe, supply
     )  # fmt: skip
+
+
+def open_supply(
+    cfg: Config,
+    runtime: Runtime,
+    loader: Loader | StreamLoader,
+    draws: int | None,
+    ends: set[int],
+    tokenizer: Any,
+    state: TrainState,
+    start: Any,
+) -> Supply:
+    """What the stage makes its steps with. start: the policy where it is still the start, else None."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    supply = Supply(loader, draws, runtime, loader.packing, ends, pad, cfg.train.seed, state=state.stream)
+    if cfg.stage.answer_tokens:
+        supply.judge = open_judge(cfg, tokenizer)
+        supply.reference = frozen.open_frozen(cfg, runtime, tokenizer, start) if getattr(cfg.stage, "beta", 0) else None
+    return supply
 
 
 def prepare_data(cfg: Config, tokenizer: Any, runtime: Runtime) -> Prepared:
@@ -143,6 +169,10 @@ def count_steps(cfg: Config, loader: Loader | StreamLoader) -> tuple[int, int | 
     """Optimizer steps, and how many examples are drawn where epochs count."""
     if cfg.train.steps:
         return cfg.train.steps, None
+    if cfg.stage.answer_tokens:
+        assert isinstance(loader, Loader)
+        assert cfg.train.epochs
+        return max(1, round(cfg.train.epochs * len(loader.data) / cfg.batch.size)) * cfg.stage.updates, None  # type: ignore[operator]
     epochs = cfg.train.epochs
     assert epochs is not None, "the config gives steps or epochs"
     assert isinstance(loader, Loader), "a stream is counted in steps"
@@ -151,7 +181,10 @@ def count_steps(cfg: Config, loader: Loader | StreamLoader) -> tuple[int, int | 
 
 def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:
     """What ends a generated answer: end-of-text, and the end-of-turn token that training targets close with."""
-    found = end_of_turn(_first(prepared), end_ids(tokenizer))
+    examples = _first(prepared)
+    if not any(group.count for group in examples):
+        return end_ids(tokenizer)
+    found = end_of_turn(examples, end_ids(tokenizer))
     return {tokenizer.eos_token_id} | ({found} if found is not None else set())
 
 
@@ -201,6 +234,7 @@ def open_network(
     adapter: AdapterConfig,
     checkpointing: bool = False,
     head: Head | None = None,
+    critic: bool = False,
 ) -> tuple[Any, str]:
     """The network and its adapter's line."""
-    return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head)
+    return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head, critic)

@@ -56,6 +56,7 @@ class Trainer:
         self.logbook = Logbook(session.run)
         self.stop = StopRequest()
         self.stopping = 0
+        self.told: dict[str, Any] = {}
         self.start: Evaluation | None = None
         self.eval_every = self.cfg.train.eval_every or max(1, -(-session.steps // 5))
         self.save_every = self.cfg.train.save_every or self.eval_every
@@ -108,18 +109,20 @@ class Trainer:
         session.networks.train(True)
         evaluation: Evaluation | None = None
         session.console.start_progress(session.steps, state.step)
-        for step in self.cfg.stage.batches(
-            session.networks, session.loader.steps(state.step, session.steps, session.draws)
-        ):
+        looked, saved = state.step, state.step
+        for step in self.cfg.stage.batches(session.networks, session.supply, state.step, session.steps):
             self._update(step)
             last = state.step == session.steps
             if state.step % train.log_every == 0 or last:
                 self._log()
-            if state.step % self.eval_every == 0 or last:
-                evaluation = self._look(last)
-            due = state.step % self.save_every == 0 or state.best_step == state.step
+            if not step.closes():
+                continue
+            if last or state.step // self.eval_every > looked // self.eval_every:
+                evaluation, looked = self._look(last), state.step
+            due = state.step // self.save_every > saved // self.save_every or state.best_step == state.step
             if due or self._is_over or self.stopping:
                 self._save()
+                saved = state.step
             if self._is_over:
                 break
             if self.stopping:
@@ -145,6 +148,9 @@ class Trainer:
                 total = torch.stack(parts).sum()
                 runtime.backward(total * runtime.world)  # DDP averages over ranks; the counts are global already
             self.meter.add_loss(loss, stage.counts(micro))
+            for name, (told, count) in loss.stats.items():
+                before = step.measured.get(name, (0.0, 0.0))
+                step.measured[name] = (before[0] + told, before[1] + count)
             losses.append(total.detach())
         norm = runtime.clip(session.networks.parameters, self.cfg.optim.max_grad_norm)
         self._check_finite(norm, torch.stack(losses), step)
@@ -198,6 +204,7 @@ class Trainer:
     def _advance(self, step: Step, norm: float, lr: float, seconds: float) -> None:
         state = self.state
         state.step, state.lr, state.stream = state.step + 1, lr, step.stream
+        self.told |= step.told
         state.tokens, state.trained_tokens = state.tokens + step.tokens, state.trained_tokens + step.trained_tokens
         state.seconds += seconds
         self.meter.add_step(norm, self.cfg.optim.max_grad_norm, step.tokens, seconds)
@@ -206,7 +213,7 @@ class Trainer:
     def _log(self) -> None:
         state, speed = self.state, self.meter.tokens_per_second
         metrics: dict[str, Any] = dict(self.meter.flush())
-        metrics |= {"lr": state.lr, "tokens": state.tokens, "trained_tokens": state.trained_tokens}
+        metrics |= self.told | {"lr": state.lr, "tokens": state.tokens, "trained_tokens": state.trained_tokens}
         metrics |= self.session.loader.metrics()
         metrics |= {"tokens_per_second": speed, "peak_memory_bytes": self.runtime.peak_memory_bytes()}
         self.logbook.log("train", state.step, metrics)

@@ -8,7 +8,7 @@ the prompt. Layouts never change what a step holds: its Groups are chosen first,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Batch:
     rewards, standings, target_probs, sampler_logprobs: [responses], margin: [groups]; NaN where the data has none.
         standings: by which a Group's responses order, higher is better.
     reference: [N] the reference's log-probs of the targets (nats), where the run has a reference.
+    columns: name → [N] what a stage has worked out of each target beforehand.
     weight: 1, or 0 for a batch that only keeps the ranks in step and counts nothing.
     """
 
@@ -58,6 +59,7 @@ class Batch:
     sampler_logprobs: Tensor
     margin: Tensor
     reference: Tensor | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 1.0
 
     @property
@@ -85,7 +87,8 @@ class Batch:
         if str(self.input_ids.device) == str(device):
             return self
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        there = lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v  # noqa: E731
+        moved = {k: {n: there(t) for n, t in v.items()} if k == "columns" else there(v) for k, v in moved.items()}
         return Batch(**moved)
 
     def by_response(self, values: Tensor) -> Tensor:
@@ -196,6 +199,10 @@ def _facts(groups: Sequence[TokenGroup], owner: list[tuple[int, int]]) -> dict[s
         **{name: each(name) for name in ("rewards", "standings", "target_probs", "sampler_logprobs")},
         "margin": torch.tensor([float("nan") if m is None else m for m in margins], dtype=torch.float64),
         "reference": _reference(groups, owner),
+        "columns": {
+            name: torch.from_numpy(np.concatenate([groups[g].tokens_of(name, k) for g, k in owner]).astype(np.float32))
+            for name in groups[owner[0][0]].tokens
+        },
     }
 
 

@@ -14,6 +14,7 @@ class Encoding:
     on_too_long: "drop", "truncate", "split" or "error" for a Group longer than max_length tokens.
     train_on: which turns of a conversation are targets: "all" or the "last" of the assistant's, those of the "response"
         alone, or all of these roles.
+    answer_tokens: room that a prompt without responses must leave for the answer.
     """
 
     template: str
@@ -22,6 +23,7 @@ class Encoding:
     train_on: str | list[str] = "all"
     prompt_is_target: bool = False
     closes: bool = False
+    answer_tokens: int = 0
 
 
 @dataclass

@@ -13,7 +13,9 @@ def fits(group: TokenGroup, encoding: Encoding, counts: Counts, tokenizer: Any, 
     """Apply the length policy; False drops the Group (counted). ends: tokens that end a turn."""
     if encoding.closes:
         _close(group, ends, tokenizer.eos_token_id)
-    longest = max(group.lengths)
+    if not group.count:
+        return _prompt_fits(group, encoding, counts)
+    longest = group.longest
     if longest > encoding.max_length and not _shorten(group, longest, encoding, counts, tokenizer, ends):
         counts.too_long += 1
         return False
@@ -21,6 +23,18 @@ def fits(group: TokenGroup, encoding: Encoding, counts: Counts, tokenizer: Any, 
         counts.nothing_trained += 1
         return False
     return True
+
+
+def _prompt_fits(group: TokenGroup, encoding: Encoding, counts: Counts) -> bool:
+    """A prompt to be answered is never cut: it would be another question. Room is left for the answer."""
+    room = encoding.max_length - encoding.answer_tokens
+    if len(group.prompt) > room and encoding.on_too_long == "error":
+        raise DataError(
+            f"prompt {group.id} has {len(group.prompt)} tokens, over the {room} that data.max_length={encoding.max_length} "
+            f"leaves beside stage.max_new_tokens={encoding.answer_tokens}; raise the one or lower the other"
+        )
+    counts.too_long += len(group.prompt) > room
+    return len(group.prompt) <= room
 
 
 def _shorten(

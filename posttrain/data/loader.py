@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from posttrain.data.batches import Batch, collate
 from posttrain.data.packing import Packing, Rows
 from posttrain.data.split import mix_indices
-from posttrain.data.tokens import Examples, TokenDataset
+from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
 from posttrain.errors import CheckpointError
 
 
@@ -19,7 +19,9 @@ from posttrain.errors import CheckpointError
 class Step:
     """One rank's share of an optimizer step.
 
-    tokens, trained_tokens: of the whole step, all ranks (padding not counted). stream: where a stream is after it.
+    tokens, trained_tokens: of the whole step, all ranks (padding not counted). stream: where a stream, or a stage that
+    samples, is after it. closes: whether a checkpoint after it can be gone on from, asked once the step is made. told: for the log, beside what is
+    measured. measured: name → (sum, count) of this rank's losses, filled in by the trainer.
     """
 
     number: int
@@ -27,6 +29,9 @@ class Step:
     trained_tokens: int
     micro_batches: list[Batch]
     stream: dict[str, Any] = field(default_factory=dict)
+    closes: Callable[[], bool] = lambda: True
+    told: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
 
 class Order:
@@ -103,6 +108,11 @@ class Loader:
             positions = self.order.take(start, count)
             yield compose(number, self.data, positions, self.packing, self.rank, self.world)
             start += count
+
+    def take(self, number: int) -> list[TokenGroup]:
+        """The Groups of the draw with this number, counted from 0."""
+        assert self.size, "config/check.py asks for batch.size"
+        return self.data.groups(self.order.take(number * self.size, self.size))
 
     def _sizes(self, steps: int, draws: int | None) -> Iterator[int]:
         start = 0

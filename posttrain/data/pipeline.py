@@ -124,7 +124,15 @@ def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage) -> Encoding:
             "data.on_too_long=split cuts documents into windows, which only pretrain can use; try drop or truncate"
         )
     train_on = getattr(stage, "train_on", "all")
-    return Encoding(template, data.max_length, policy, train_on, stage.splits_long_documents, stage.closes_responses)
+    return Encoding(
+        template,
+        data.max_length,
+        policy,
+        train_on,
+        stage.splits_long_documents,
+        stage.closes_responses,
+        stage.answer_tokens,
+    )
 
 
 def cache_key(

@@ -20,6 +20,10 @@ from posttrain.errors import DataError, ModelError
 __all__ = ["Counts", "Encoding", "Tokenizer", "beginning", "end_ids", "end_of_turn"]
 
 BATCH = 512
+NO_TEMPLATE = (
+    "the data holds messages, and there is no chat template to render them; set model.chat_template to a Jinja file, or use a "
+    "model whose tokenizer has one"
+)
 
 
 class Tokenizer:
@@ -70,8 +74,10 @@ class Tokenizer:
         return name if occurrence == 1 else f"{name}-{occurrence}"
 
     def _encode(self, groups: Sequence[Group]) -> Iterator[TokenGroup]:
-        if all(group.prompt is None and isinstance(group.responses[0], str) for group in groups):
+        if all(group.prompt is None and group.responses and isinstance(group.responses[0], str) for group in groups):
             yield from self._documents(groups)
+        elif not any(group.responses for group in groups):
+            yield from self._prompts(groups)
         elif self.encoding.template == "chat":
             yield from self._conversations(groups)
         else:
@@ -91,14 +97,32 @@ class Tokenizer:
             for window in windows:
                 yield window.token_group(name)
 
+    def _prompts(self, groups: Sequence[Group]) -> Iterator[TokenGroup]:
+        """Prompts that are yet to be answered, each up to where its answer begins."""
+        chat = self.encoding.template == "chat"
+        if not chat and any(not isinstance(group.prompt, str) for group in groups):
+            raise ModelError(NO_TEMPLATE)
+        texts = []
+        for group in groups:
+            try:
+                texts.append(self._asked(group) if chat else self._bare(str(group.prompt)))
+            except DataError as error:
+                self._refuse(group, error)
+                texts.append("")
+        for group, text, ids in zip(groups, texts, self._ids(texts), strict=True):
+            if text:
+                encoded = Encoded(ids if chat else self.bos + ids, [], [], [])
+                yield self._token_group(group, encoded, self._name(group))
+
+    def _asked(self, group: Group) -> str:
+        tools: Any = group.columns.get("tools")
+        return self.template.prompt(group.prompt or "", tools)
+
     def _plain(self, groups: Sequence[Group]) -> Iterator[TokenGroup]:
         """Prompt and completion tokenised apart and concatenated, end-of-text appended."""
         texts = [text for group in groups for text in (group.prompt, *group.responses)]
         if any(text is not None and not isinstance(text, str) for text in texts):
-            raise ModelError(
-                "the data holds messages, and there is no chat template to render them; set model.chat_template to a "
-                "Jinja file, or use a model whose tokenizer has one"
-            )
+            raise ModelError(NO_TEMPLATE)
         prompts = self._ids([self._bare(str(group.prompt or "")) for group in groups])
         answers = iter(self._ids([str(response) for group in groups for response in group.responses]))
         for group, prompt in zip(groups, prompts, strict=True):

@@ -41,6 +41,7 @@ class TokenGroup:
     text: the text-level Group as JSON, for display and for verifying generated answers.
     rewards, ranks, target_probs, sampler_logprobs, margin: as in the Group; an empty list where it has none.
     reference: [trained_tokens] the reference's log-probs of the targets, response after response, once they are known.
+    tokens: name → [trained_tokens] numbers of each target that a stage has worked out beforehand, in the same order.
     """
 
     id: str
@@ -58,6 +59,7 @@ class TokenGroup:
     margin: float | None = None
     source: int = 0
     reference: np.ndarray | None = None
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -75,6 +77,11 @@ class TokenGroup:
         return [len(self.prompt) + len(response) for response in self.responses]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest response with the prompt, or of a prompt alone."""
+        return max(self.lengths, default=len(self.prompt))
+
+    @property
     def once(self) -> int:
         """Tokens of the prompt and all responses."""
         return len(self.prompt) + sum(map(len, self.responses))
@@ -82,6 +89,12 @@ class TokenGroup:
     @property
     def trained_tokens(self) -> int:
         return sum(sum(mask) for mask in self.masks)
+
+    def in_two(self) -> TokenGroup:
+        """A prompt alone as an example: its second half as the response to its first."""
+        half = max(1, len(self.prompt) // 2)
+        rest = self.prompt[half:] or self.prompt[-1:]
+        return TokenGroup(self.id, self.cluster, self.prompt[:half], [rest], [[True] * len(rest)], [0], [0], self.text)
 
     def each(self) -> list[TokenGroup]:
         """Its responses as Groups of their own."""
@@ -95,15 +108,22 @@ class TokenGroup:
     def reference_of(self, k: int) -> np.ndarray:
         """Of response k alone."""
         assert self.reference is not None
+        return self.reference[self._targets(k)]
+
+    def tokens_of(self, name: str, k: int) -> np.ndarray:
+        """Of response k alone."""
+        return self.tokens[name][self._targets(k)]
+
+    def _targets(self, k: int) -> slice:
         stops = np.cumsum([0, *(sum(mask) for mask in self.masks)])
-        return self.reference[stops[k] : stops[k + 1]]
+        return slice(stops[k], stops[k + 1])
 
 
 class Sized:
     """What planning needs of Groups, [n] each.
 
-    counts: K of each Group. lengths: its tokens in the padded layout (each response with the prompt). longest: of its
-    longest response with the prompt. shared: its tokens with the prompt once. trained: its target tokens.
+    counts: K of each Group (0: a prompt alone). lengths: its tokens in the padded layout (each response with the prompt).
+    longest: of its longest response with the prompt. shared: its tokens with the prompt once. trained: its target tokens.
     """
 
     counts: np.ndarray
@@ -169,9 +189,8 @@ class TokenDataset(Sized):
             counts = pc.list_value_length(table["responses"]).to_numpy()
             per_response = pc.list_value_length(pc.list_flatten(table["responses"])).to_numpy()
             trained_each = _sums(pc.list_flatten(table["masks"]).combine_chunks())
-            starts = np.r_[0, np.cumsum(counts)[:-1]]
-            responses = np.add.reduceat(per_response, starts)
-            longest, trained = np.maximum.reduceat(per_response, starts), np.add.reduceat(trained_each, starts)
+            responses, trained = (_by_group(np.add, each, counts) for each in (per_response, trained_each))
+            longest = _by_group(np.maximum, per_response, counts)
             measured = (counts, responses + prompt * counts, longest + prompt, responses + prompt, trained)
             for parts, part in zip(found, measured, strict=True):
                 parts.append(part)
@@ -183,7 +202,7 @@ class Examples(Sized):
 
     def __init__(self, groups: Sequence[TokenGroup]) -> None:
         self.held = list(groups)
-        sizes = [(g.count, sum(g.lengths), max(g.lengths), g.once, g.trained_tokens) for g in groups]
+        sizes = [(g.count, sum(g.lengths), g.longest, g.once, g.trained_tokens) for g in groups]
         columns = np.array(sizes, dtype=np.int64).reshape(-1, 5).T
         self.counts, self.lengths, self.longest, self.shared, self.trained = columns
 
@@ -193,6 +212,15 @@ class Examples(Sized):
     def groups(self, positions: Sequence[int] | np.ndarray) -> list[TokenGroup]:
         """The Groups at these positions, in this order."""
         return [self.held[position] for position in positions]
+
+
+def _by_group(function: np.ufunc, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The function over each Group's values, `counts` of them after one another; 0 where it has none."""
+    found = np.zeros(len(counts), dtype=np.int64)
+    if len(values):
+        some = counts > 0
+        found[some] = function.reduceat(values, np.r_[0, np.cumsum(counts[some])[:-1]])
+    return found
 
 
 def _sums(lists: Any) -> np.ndarray:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from posttrain.models.networks import Networks
+from posttrain.models.networks import CRITIC, Networks
 from posttrain.models.reward import POOLING_KEY, RewardModel
 
 
@@ -42,6 +43,9 @@ def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch
         network.config.dtype = trained_in
         _write_dtype(directory, dtype)
     tokenizer.save_pretrained(directory)
+    critic = getattr(networks.module, "critic", None)
+    if critic is not None:
+        save_file(critic.state_dict(), directory / CRITIC)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

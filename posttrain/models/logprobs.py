@@ -29,23 +29,27 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to its logits after the output layer: z ← cap·tanh(scale·z / cap)."""
+    """What a family does to its logits after the output layer, and a sampling temperature: z ← cap·tanh(scale·z / cap) / T."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
         return logits
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Turn ∂/∂(transformed) into ∂/∂(raw) in place; `logits` are the transformed ones."""
         if self.softcap is not None:
-            grad.mul_(1 - (logits / self.softcap) ** 2)
-        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+            grad.mul_(1 - (logits * (self.temperature / self.softcap)) ** 2)
+        factor = self.scale / self.temperature
+        return grad.mul_(factor) if factor != 1.0 else grad
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 
 from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
@@ -18,6 +19,8 @@ from posttrain.models.reward import POOLING_KEY, Pooling, RewardModel
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, ModelConfig
+
+CRITIC = "critic.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ def build_network(
     seed: int,
     checkpointing: bool = False,
     head: Head | None = None,
+    critic: bool = False,
 ) -> tuple[Decoder, str]:
-    """The network on the CPU and a line about its adapter: a policy, or with `head` a reward model.
+    """The network on the CPU and a line about its adapter: a policy (with `critic` a value head), or with `head` a reward
+    model.
 
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
     """
@@ -81,7 +86,19 @@ def build_network(
             ) from error
     if frozen:
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
-    return (Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)), described
+    if head is not None:
+        return RewardModel(network, head.pooling, head.ends), described
+    policy = Policy(network, critic)
+    if critic:
+        load_critic(policy, adapter.path or model.path)
+    return policy, described
+
+
+def load_critic(policy: Policy, directory: str | None) -> None:
+    """The value head that was saved beside these weights; where there is none it stays at 0."""
+    path = Path(directory or "").expanduser() / CRITIC
+    if directory and path.is_file():
+        policy.critic.load_state_dict(load_file(path))  # type: ignore[union-attr]
 
 
 def _check_pooling(config: Any, model: ModelConfig, adapter: AdapterConfig, head: Head) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from posttrain.errors import ModelError
 from posttrain.models.decoder import Decoder, text_config
 from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_statistics, weighted_nll
 from posttrain.models.router import Router
-from posttrain.models.token_logprobs import token_logprobs
+from posttrain.models.token_logprobs import token_entropies, token_logprobs
 
 
 @dataclass
@@ -23,20 +23,28 @@ class Scores:
 
     objective: Σ w·nll, scalar, where weights were given. logprobs: nats, detached if weights were given.
     statistics: hit, confidence, entropy, where asked for. router: a mixture's load balance, where there is one.
+    values: the critic's, fp32, of the state before each target; None without a critic.
     """
 
     logprobs: Tensor
     objective: Tensor | None = None
     statistics: TokenStatistics | None = None
     router: Router | None = None
+    values: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 class Policy(Decoder):
-    """A causal language model."""
+    """A causal language model; with `critic` also V(s), a linear layer on the last states that begins at 0."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, critic: bool = False) -> None:
         super().__init__(model)
         self.transform = logit_transform(text_config(self.network))
+        self.critic: nn.Linear | None = None
+        if critic:
+            self.critic = nn.Linear(text_config(self.network).hidden_size, 1, dtype=torch.float32)
+            nn.init.zeros_(self.critic.weight)
+            nn.init.zeros_(self.critic.bias)
 
     @property
     def head(self) -> nn.Module:
@@ -54,24 +62,41 @@ class Policy(Decoder):
         statistics: bool = False,
         entropy: bool = False,
         router: bool = False,
+        temperature: float = 1.0,
+        gradients: bool = False,
     ) -> Scores:
-        """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once."""
+        """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once.
+
+        temperature: of the distribution that log-probs and statistics are of. gradients: where entropy is asked for beside
+        log-probs, it is differentiable too.
+        """
+        transform = self.transform if temperature == 1 else replace(self.transform, temperature=temperature)
         watched: Any = self.routers.watch() if router else nullcontext([])
         with watched as seen:
             hidden = self.hidden(batch).flatten(0, 1)[batch.predict]  # [N, H]
         if weights is not None:
             if not batch.weight:
                 weights = torch.zeros_like(weights)
-            objective, logprobs = weighted_nll(hidden, self.head, batch.targets, weights, self.transform, smoothing)
+            objective, logprobs = weighted_nll(hidden, self.head, batch.targets, weights, transform, smoothing)
             scores = Scores(logprobs, objective)
         elif statistics:
-            found = token_statistics(hidden, self.head, batch.targets, self.transform, entropy)
+            found = token_statistics(hidden, self.head, batch.targets, transform, entropy)
             scores = Scores(found.logprob, statistics=found)
         else:
-            scores = Scores(token_logprobs(hidden, self.head, batch.targets, self.transform))
+            scores = Scores(token_logprobs(hidden, self.head, batch.targets, transform))
+            if entropy and gradients:
+                scores.entropy = token_entropies(hidden, self.head, transform)
         if seen:
             scores.router = self.routers.balance(seen, batch, text_config(self.network))
+        if self.critic is not None:
+            scores.values = self.values(hidden)
         return scores
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """V of each state [N, H], [N] fp32: in 8 bits of mantissa its differences would be lost."""
+        assert self.critic is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.critic(hidden.float()).squeeze(-1)
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -36,6 +36,18 @@ def token_logprobs(hidden: Tensor, head: nn.Module, targets: Tensor, transform: 
     return torch.cat(parts)
 
 
+def token_entropies(hidden: Tensor, head: nn.Module, transform: LogitTransform | None = None) -> Tensor:
+    """H(π) in nats of each state's distribution, [N] fp32, differentiable; the logits are computed anew in backward."""
+    transform = transform or LogitTransform()
+
+    def chunk_entropies(hidden: Tensor) -> Tensor:
+        logprobs = logits_of(hidden, head, transform).log_softmax(-1)
+        return -(logprobs.exp() * logprobs).sum(-1)
+
+    places = torch.empty(len(hidden), device=hidden.device)
+    return torch.cat([checkpointed(chunk_entropies, hidden[p]) for p in chunks(places, head_size(head))])
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """See the module's docstring. What is kept are gradients of -log π, as `chunk` gives them for weight 1."""
 

@@ -87,6 +87,8 @@ class Console:
 def decoded(group: TokenGroup, tokenizer: Any, colour: bool) -> Text:
     """The prompt and its responses, each on a line of its own where there are several; cut in the middle where they are
     long."""
+    if not group.count:
+        return _marked(group.prompt, [False] * len(group.prompt), tokenizer, colour)
     text = _marked(group.prompt + group.responses[0], [False] * len(group.prompt) + group.masks[0], tokenizer, colour)
     if group.count == 1:
         return text

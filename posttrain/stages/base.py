@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,6 +40,27 @@ class Loss:
 
     terms: dict[str, Tensor]
     stats: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Supply:
+    """What a stage that makes its own steps works with.
+
+    loader: the data's order; its `take` gives the prompts of an iteration. draws: how many examples an epoch-counted run draws.
+    runtime: ranks, device, precision. ends, pad: token ids. reference: networks → a context that gives the frozen policy.
+    judge: (prompts, answers) → their rewards. state: what Step.stream held at the checkpoint that the run goes on from.
+    """
+
+    loader: Any
+    draws: int | None
+    runtime: Any
+    packing: Any
+    ends: set[int]
+    pad: int
+    seed: int
+    reference: Callable[[Networks], AbstractContextManager[Any]] | None = None
+    judge: Any = None
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,9 +105,24 @@ class Stage:
         """Whether every response must end with an end-of-turn token, one that was cut or lacks it included."""
         return False
 
-    def batches(self, networks: Networks, steps: Iterable[Step]) -> Iterable[Step]:
-        """Where batches come from; by default the data's own steps. A stage that samples yields its own."""
-        return steps
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the policy carries a value head."""
+        return False
+
+    @property
+    def answer_tokens(self) -> int:
+        """Room that a prompt must leave for the answer; 0 where answers come with the data. A stage that has one samples."""
+        return 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that the Groups of one draw are good for."""
+        return 1
+
+    def batches(self, networks: Networks, supply: Supply, first: int, last: int) -> Iterable[Step]:
+        """Steps first .. last-1; by default the data's own. A stage that samples makes them of what it has sampled."""
+        return supply.loader.steps(first, last, supply.draws)  # type: ignore[no-any-return]
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss term; a term that is not named here weighs 1."""
@@ -124,7 +161,7 @@ def find(name: str) -> type[Stage]:
 
 
 GROUP = "posttrain.stages"
-NOT_STAGES = {"base", "likelihood", "preferences"}
+NOT_STAGES = {"base", "experience", "likelihood", "policy_gradient", "preferences"}
 
 
 def _is_stage(value: Any) -> bool:

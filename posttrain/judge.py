@@ -1,0 +1,64 @@
+"""The rewards of a run, together: what each gives the answers to a batch of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from posttrain.data.tokens import TokenGroup
+from posttrain.rewards import Reward, open_reward
+from posttrain.rollout import Generation
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+
+
+@dataclass
+class Verdicts:
+    """scores: reward → a number for each answer, NaN where it failed, and `total`, their weighted sum. failures: what was
+    told, and of how many answers. unreadable: answers that a verifier could not read."""
+
+    scores: dict[str, list[float]]
+    failures: list[tuple[str, int]] = field(default_factory=list)
+    unreadable: int = 0
+    weights: list[float] = field(default_factory=list)
+
+    def each(self) -> list[dict[str, float]]:
+        """For each answer its rewards; `reward` is their weighted sum."""
+        rows = list(zip(*self.scores.values(), strict=True))
+        found = []
+        for row in rows:
+            total = {"reward": sum(w * v for w, v in zip(self.weights, row, strict=True))}
+            found.append(
+                total | ({f"reward_{n}": v for n, v in zip(self.scores, row, strict=True)} if len(row) > 1 else {})
+            )
+        return found
+
+
+class Judge:
+    """Calls every reward with text: prompts as they stand in the data, answers without special tokens, the rows' columns."""
+
+    def __init__(self, rewards: dict[str, Reward], weights: list[float], tokenizer: Any) -> None:
+        self.rewards, self.weights, self.tokenizer = rewards, weights, tokenizer
+
+    def __call__(self, prompts: Sequence[TokenGroup], answers: Sequence[Generation]) -> Verdicts:
+        texts = self.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
+        data = [json.loads(group.text) for group in prompts]
+        asked, rows = [each["prompt"] for each in data], [each["columns"] for each in data]
+        found = Verdicts({}, weights=self.weights)
+        for name, reward in self.rewards.items():
+            judged = reward(asked, texts, rows)
+            found.scores[name] = judged.scores
+            found.unreadable += judged.unreadable
+            if judged.failure:
+                found.failures.append((judged.failure, sum(score != score for score in judged.scores)))
+        return found
+
+
+def open_judge(cfg: Config, tokenizer: Any) -> Judge:
+    """stage.rewards, each opened; ConfigError for one that cannot be."""
+    stage: Any = cfg.stage
+    rewards = {spec: open_reward(spec, stage.reward_seconds) for spec in stage.rewards}
+    return Judge(rewards, list(stage.reward_weights or [1.0] * len(rewards)), tokenizer)

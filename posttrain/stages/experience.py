@@ -1,0 +1,218 @@
+"""What one iteration of ppo has lived through: sampled responses with their rewards, log-probs and values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain import stats
+from posttrain.data.loader import evaluation_batches, gather
+from posttrain.data.tokens import Examples, TokenGroup
+from posttrain.errors import DataError
+from posttrain.rollout import Generation, Sampling, generate
+
+if TYPE_CHECKING:
+    from posttrain.models.networks import Networks
+    from posttrain.stages.base import Supply
+
+
+@dataclass
+class Experience:
+    """All ranks' responses, one TokenGroup each, those of a prompt beside each other.
+
+    mask, logprobs, reference, values: [B, T] over responses and their tokens, fp64, 0 off the mask; scores: [B], NaN where
+    every reward failed. parts: each reward's own [B]. finished: [B] whether an end token closed the response.
+    """
+
+    groups: list[TokenGroup]
+    mask: Tensor
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor
+    entropy: Tensor
+    scores: Tensor
+    parts: dict[str, Tensor]
+    finished: Tensor
+    seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kl(self) -> float:
+        """Nats a response by which the policy has left the reference, estimated on its own samples."""
+        return float((self.logprobs - self.reference).sum(1).mean())
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Give each response its tokens' values [B, T]; log-probs, reference and values go along."""
+        for row, group in enumerate(self.groups):
+            group.tokens[name] = values[row, : group.trained_tokens].numpy()
+
+    def metrics(self, beta: float) -> dict[str, Any]:
+        """For the log line of the iteration; rewards with intervals clustered by prompt."""
+        clusters = [group.cluster for group in self.groups]
+        lengths = self.mask.sum(1)
+        real = self.mask.bool()
+        found: dict[str, Any] = {"reward": _mean(self.scores, clusters)}
+        found |= {f"reward/{name}": _mean(part, clusters) for name, part in self.parts.items() if len(self.parts) > 1}
+        advantages = torch.cat([torch.from_numpy(g.tokens["advantages"]) for g in self.groups])
+        found |= {
+            "kl": self.kl,
+            "beta": beta,
+            "entropy": float(self.entropy[real].mean()),
+            "response_tokens": float(lengths.mean()),
+            "truncated": float((~self.finished).double().mean()),
+            "advantage_mean": float(advantages.mean()),
+            "advantage_std": float(advantages.std(unbiased=False)),
+            **self.counts,
+        }
+        if "returns" in self.groups[0].tokens:
+            returns = torch.cat([torch.from_numpy(g.tokens["returns"]) for g in self.groups])
+            error = returns - self.values[real]
+            found["explained_variance"] = float(
+                1 - error.var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-12)
+            )
+        found |= {f"{name}_seconds": value for name, value in self.seconds.items()}
+        found["rollout_tokens_per_second"] = float(lengths.sum()) / max(self.seconds["rollout"], 1e-9)
+        return found
+
+
+def collect(
+    networks: Networks, supply: Supply, stage: Any, prompts: list[TokenGroup], sampling: Sampling
+) -> Experience:
+    """Sample, score, and recompute log-probs with the training forward; every rank ends with all of it."""
+    runtime, began = supply.runtime, time.monotonic()
+    mine = list(range(len(prompts)))[runtime.rank :: runtime.world]
+    with runtime.autocast():
+        answers = generate(
+            networks.module, [prompts[i].prompt for i in mine], supply.ends, supply.pad, stage.max_new_tokens,
+            device=runtime.device, sampling=sampling, samples=stage.samples, keys=mine,
+        )  # fmt: skip
+    rolled = time.monotonic()
+    asked = [prompts[i] for i in mine for _ in range(stage.samples)]
+    judged = supply.judge(asked, answers)
+    everything = runtime.gather([(mine, answers, judged)])
+    groups, answers, parts, failures, unreadable = _in_order(prompts, everything, stage.samples)
+    _check_failures(failures, len(groups), stage.max_failed_fraction)
+    scored = time.monotonic()
+    columns = token_columns(networks, supply, stage, groups)
+    seconds = {"rollout": rolled - began, "reward": scored - rolled, "score": time.monotonic() - scored}
+    weights = stage.reward_weights or [1.0] * len(parts)
+    total = sum(w * part for w, part in zip(weights, parts.values(), strict=True))
+    finished = torch.tensor([answer.finished for answer in answers])
+    scores = torch.as_tensor(total, dtype=torch.float64) - stage.missing_end_penalty * (~finished).double()
+    if stage.reward_clip is not None:
+        scores = scores.clamp(-stage.reward_clip, stage.reward_clip)
+    mask = _matrix([np.ones(group.trained_tokens) for group in groups])
+    experience = Experience(
+        groups, mask, *(_matrix(columns[name]) for name in ("logprobs", "reference", "values", "entropy")), scores, parts,
+        finished, seconds,
+    )  # fmt: skip
+    experience.counts = {
+        "reward_unreadable": unreadable / len(groups),
+        "reward_failed": float(scores.isnan().double().mean()),
+    }
+    for name in ("logprobs", "reference", "values"):
+        for group, values in zip(groups, columns[name], strict=True):
+            group.tokens[name] = values
+    return experience
+
+
+def token_columns(
+    networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
+) -> dict[str, list[np.ndarray]]:
+    """logprobs, entropy and values under the policy as it is, reference under the reference: of each response's tokens."""
+    own = _forwards(networks.policy, networks, supply, stage, groups)
+    zeros = [np.zeros(group.trained_tokens, dtype=np.float32) for group in groups]
+    columns = {"values": zeros, "reference": own["logprobs"]} | own
+    if supply.reference is not None:
+        with supply.reference(networks) as policy:
+            columns["reference"] = _forwards(policy, networks, supply, stage, groups)["logprobs"]
+    return columns
+
+
+@torch.no_grad()
+def _forwards(
+    policy: Any, networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
+) -> dict[str, list[np.ndarray]]:
+    """The work is shared by the ranks; in evaluation mode, so that no dropout stands between old and new."""
+    runtime, data = supply.runtime, Examples(groups)
+    was_training = policy.training
+    policy.eval()
+    found: dict[str, list[Any]] = {}
+    parts = []
+    for positions, rows in evaluation_batches(data, supply.packing, runtime.rank, runtime.world):
+        batch = gather(data, positions, rows, supply.packing.layout).to(runtime.device)
+        with runtime.autocast():
+            scores = policy(batch, statistics=True, entropy=True, temperature=stage.temperature)
+        columns = {"logprobs": scores.logprobs, "entropy": scores.statistics.entropy}
+        columns |= {"values": scores.values} if scores.values is not None else {}
+        used = positions[[i for row in rows for i in row]]
+        parts.append((used, {name: column.float().cpu().numpy() for name, column in columns.items()}))
+    policy.train(was_training)
+    for used, columns in runtime.gather(parts):
+        stops = np.cumsum([0, *(groups[i].trained_tokens for i in used)])
+        for name, column in columns.items():
+            into = found.setdefault(name, [None] * len(groups))
+            for place, i in enumerate(used):
+                into[i] = column[stops[place] : stops[place + 1]]
+    return found
+
+
+def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> TokenGroup:
+    """The prompt with this response, its tokens and its end token targets."""
+    ids = answer.ids if answer.end is None else [*answer.ids, answer.end]
+    return TokenGroup(
+        id=f"{prompt.id}.{k}", cluster=prompt.cluster, prompt=prompt.prompt, responses=[ids], masks=[[True] * len(ids)],
+        bytes=[len(text.encode())], chars=[len(text)], text=prompt.text,
+    )  # fmt: skip
+
+
+def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) -> Any:
+    """What the ranks have sampled and scored, in the order of the prompts."""
+    by_prompt: dict[int, tuple[list[Generation], dict[str, list[float]]]] = {}
+    failures, unreadable, names = [], 0, []
+    for mine, answers, judged in everything:
+        failures += judged.failures
+        unreadable += judged.unreadable
+        names = list(judged.scores) or names
+        for place, i in enumerate(mine):
+            part = slice(place * samples, (place + 1) * samples)
+            by_prompt[i] = (answers[part], {name: values[part] for name, values in judged.scores.items()})
+    order = range(len(prompts))
+    answers = [answer for i in order for answer in by_prompt[i][0]]
+    groups = [answered(prompts[i], a, k, "") for i in order for k, a in enumerate(by_prompt[i][0])]
+    parts = {n: torch.tensor([v for i in order for v in by_prompt[i][1][n]], dtype=torch.float64) for n in names}
+    return groups, answers, parts, failures, unreadable
+
+
+def _check_failures(failures: list[tuple[str, int]], count: int, limit: float) -> None:
+    failed = sum(number for _, number in failures)
+    if failed > limit * count:
+        raise DataError(
+            f"{failed} of {count} responses could not be rewarded, more than stage.max_failed_fraction={limit:g} allows: "
+            + "; ".join(sorted({told for told, _ in failures})[:3])
+        )
+
+
+def _mean(scores: Tensor, clusters: Sequence[str]) -> Any:
+    known = ~scores.isnan()
+    values = scores[known].numpy()
+    if not len(values):
+        return {"value": None, "low": None, "high": None, "n": 0}
+    names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    rows = np.array([names[c] for c, k in zip(clusters, known.tolist(), strict=True) if k])
+    sums, counts = (np.bincount(rows, w, minlength=len(names)) for w in (values, np.ones(len(values))))
+    return stats.bootstrap(sums[counts > 0], counts[counts > 0], resamples=1_000)
+
+
+def _matrix(rows: Sequence[np.ndarray]) -> Tensor:
+    """[B, T] fp64, zeros behind each row."""
+    found = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.float64))
+    return found
