@@ -20,8 +20,8 @@ class Step:
     """One rank's share of an optimizer step.
 
     tokens, trained_tokens: of the whole step, all ranks (padding not counted). stream: where a stream, or a stage that
-    samples, is after it. closes: whether a checkpoint after it can be gone on from, asked once the step is made. told: for the log, beside what is
-    measured. measured: name → (sum, count) of this rank's losses, filled in by the trainer.
+        samples, is after it. closes: whether a checkpoint after it can be gone on from, asked once the step is made.
+    told: for the log, beside what is measured. measured: name → (sum, count) of this rank's losses, from the trainer.
     """
 
     number: int
@@ -172,7 +172,7 @@ def gather(data: TokenDataset | Examples, positions: np.ndarray, rows: Rows, lay
 
 
 def evaluation_batches(
-    data: TokenDataset, packing: Packing, rank: int = 0, world: int = 1
+    data: TokenDataset | Examples, packing: Packing, rank: int = 0, world: int = 1
 ) -> list[tuple[np.ndarray, Rows]]:
     """This rank's evaluation batches, composed once and the same for any number of ranks."""
     if not len(data):

@@ -122,7 +122,7 @@ class Stage:
 
     def batches(self, networks: Networks, supply: Supply, first: int, last: int) -> Iterable[Step]:
         """Steps first .. last-1; by default the data's own. A stage that samples makes them of what it has sampled."""
-        return supply.loader.steps(first, last, supply.draws)  # type: ignore[no-any-return]
+        return supply.loader.steps(first, last, supply.draws)
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss term; a term that is not named here weighs 1."""

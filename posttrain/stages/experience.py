@@ -108,9 +108,10 @@ def collect(
     if stage.reward_clip is not None:
         scores = scores.clamp(-stage.reward_clip, stage.reward_clip)
     mask = _matrix([np.ones(group.trained_tokens) for group in groups])
+    found = {name: _matrix(columns[name]) for name in ("logprobs", "reference", "values", "entropy")}
     experience = Experience(
-        groups, mask, *(_matrix(columns[name]) for name in ("logprobs", "reference", "values", "entropy")), scores, parts,
-        finished, seconds,
+        groups, mask, found["logprobs"], found["reference"], found["values"], found["entropy"], scores, parts, finished,
+        seconds,
     )  # fmt: skip
     experience.counts = {
         "reward_unreadable": unreadable / len(groups),
@@ -175,7 +176,8 @@ def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> Token
 def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) -> Any:
     """What the ranks have sampled and scored, in the order of the prompts."""
     by_prompt: dict[int, tuple[list[Generation], dict[str, list[float]]]] = {}
-    failures, unreadable, names = [], 0, []
+    failures: list[tuple[str, int]] = []
+    unreadable, names = 0, list[str]()
     for mine, answers, judged in everything:
         failures += judged.failures
         unreadable += judged.unreadable
