@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data import cache, embedded
 from posttrain.data.columns import Survey
-from posttrain.data.formats import Detected, Report, describe, detect_format, to_groups
+from posttrain.data.formats import Detected, Report, describe, detect_format, refuser, to_groups
+from posttrain.data.readers import Refuse
 from posttrain.data.sources import expand_sources, fingerprint, is_text_stream, read_rows
 from posttrain.data.split import split
 from posttrain.data.text import text_blocks
@@ -153,7 +154,8 @@ def detect(
         found: Detected | None = None
         format = "text"
     else:
-        survey = Survey().add((row for _, row in rows_of(source, data)) if rows is None else rows)
+        refuse = refuser(data.on_bad_row)  # counted when the rows are read again
+        survey = Survey().add((row for _, row in rows_of(source, data, refuse)) if rows is None else rows)
         found = detect_format(
             survey, data.format, dict(data.columns or {}), dict(data.reward_weights or {}), source=source.name
         )
@@ -218,7 +220,8 @@ def _token_groups(
     if source.detected is None:
         stream = worker.stream(text_blocks(source.name), source.name)
     else:
-        rows = ((source.name, number, row) for number, row in rows_of(source, data))
+        refuse = refuser(data.on_bad_row, source.report)
+        rows = ((source.name, number, row) for number, row in rows_of(source, data, refuse))
         groups = to_groups(rows, source.detected, data.on_bad_row, source.report)
         stream = worker.groups(stage.groups(groups, notes))
     for group in stream:
@@ -226,9 +229,10 @@ def _token_groups(
         yield group
 
 
-def rows_of(source: Source, data: DataConfig) -> Iterable[tuple[int, dict[str, Any]]]:
+def rows_of(source: Source, data: DataConfig, refuse: Refuse) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(row number, row); refuse: what becomes of a line that is no row."""
     if not is_embedded(source.name):
-        return read_rows(source.name, data.document_separator)
+        return read_rows(source.name, data.document_separator, refuse)
     _, kind, *rest = source.name.split(":")
     held_out = "held_out" in rest
     count = next((int(part) for part in rest if part.isdigit()), 1_000)

@@ -225,7 +225,7 @@ class TestGoingBack:
 
         original = cursors.json_line
         monkeypatch.setattr(
-            cursors, "json_line", lambda path, number, line: parsed.append(number) or original(path, number, line)
+            cursors, "json_line", lambda path, number, *rest: parsed.append(number) or original(path, number, *rest)
         )
         again.restore(state)
         assert parsed[0] == 193  # block 5 begins at row 201, in the batch of rows 193 to 208
@@ -297,6 +297,35 @@ class TestRows:
         one_epoch(skipping)
         assert skipping.tally.lost == 1
         assert any("1 of 151 rows skipped" in line for line in skipping.lines())
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+    def test_a_line_that_is_no_row_is_skipped_and_counted_once(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where a run goes on behind it, from every place: the rows, their numbers and the counts stay."""
+        monkeypatch.setattr("posttrain.data.streaming.readers.BATCH", 16)
+        broken = "a,b" if name == "a.csv" else '{"text": "1'
+        rows = TEXTS if name == "a.csv" else [json.dumps({"text": text}) for text in TEXTS]
+        lines = [*rows[:16], broken, *rows[16:120], "", broken, broken, *rows[120:], broken]
+        text = "\n".join(["text", *lines] if name == "a.csv" else lines) + "\n"
+        Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        given = [f"data.train={name}", "data.eval_fraction=0", "data.on_bad_row=skip"]
+        with pytest.raises(DataError, match=r"or set data\.on_bad_row=skip to skip and count such rows"):
+            take(stream(*given[:2]), 300)
+        whole = stream(*given)
+        states, seen = [], []
+        for _ in range(600):
+            states.append(json.dumps(whole.state()))
+            seen += take(whole, 1)
+        assert sorted(seen[:300]) == sorted(seen[300:]) == sorted(TEXTS)
+        assert (whole.tally.report.rows, whole.tally.lost) == (608, 8)
+        place = "row 17 (line 18)" if name == "a.csv" else "line 17, column"
+        assert whole.tally.report.messages[0].startswith(f"{name}, {place}")
+        for at in (15, 49, 100, 199, 299, 301):
+            again = stream(*given)
+            again.restore(json.loads(states[at]))
+            assert take(again, 600 - at) == seen[at:], at
+            assert again.tally == whole.tally, at
 
     def test_a_column_that_comes_late_is_not_passed_over(self) -> None:
         rows: list[dict[str, str]] = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(120)]

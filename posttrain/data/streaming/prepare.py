@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data import cache
-from posttrain.data.formats import describe
+from posttrain.data.formats import Report, describe, refuser
 from posttrain.data.pipeline import (
     Prepared,
     Source,
@@ -23,7 +23,7 @@ from posttrain.data.pipeline import (
     list_sources,
     rows_of,
 )
-from posttrain.data.sources import check_file, is_hub_id, is_text_stream, kind_of
+from posttrain.data.sources import check_file, is_hub_id, is_text_stream, kind_of, nothing_in
 from posttrain.data.streaming.cursors import RowCursor, is_sought
 from posttrain.data.streaming.feed import Feed
 from posttrain.data.streaming.identity import keys_of
@@ -83,10 +83,11 @@ def _first_look(source: Source, data: DataConfig, stage: Stage) -> Any:
             )
         if is_text_stream(name, data.document_separator):
             return detect(source, data, stage)
-    cursor = RowCursor(name, lambda: iter(rows_of(source, data)))
+    report = Report()  # of these rows; all are counted when they are read again
+    cursor = RowCursor(name, lambda told: iter(rows_of(source, data, told)), refuser(data.on_bad_row, report))
     rows = [row for _, row in islice(cursor, FIRST_ROWS)]
     if not rows:
-        raise DataError(f"{name}: the file is empty, or holds no rows; give a file with at least one")
+        raise DataError(nothing_in(name, report.messages))
     found = detect(source, data, stage, rows)
     if found is not None and found.spelling.joins:
         raise DataError(
