@@ -82,7 +82,7 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
     ]
     sources = [Source(name, number, side) for number, (name, side) in enumerate(named)]
     encoding = encoding_of(data, tokenizer, stage)
-    key = cache_key(data, encoding, tokenizer, stage, sources, seed)
+    key, fingerprint = data_keys(data, encoding, tokenizer, stage, sources, seed)
     directory = cache.cache_root(data.cache) / key
     reused = cache.is_built(directory)
     if not reused:
@@ -91,7 +91,7 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
         cache.build(directory, lambda scratch: _tokenize(scratch, data, encoding, tokenizer, stage, sources, seed))
     facts = cache.read_facts(directory)
     train, held_out = (TokenDataset(read(directory / f"{side}.arrow")) for side in ("train", "eval"))
-    return Prepared(train, held_out, facts["lines"], facts["counts"], key, directory, reused)
+    return Prepared(train, held_out, facts["lines"], facts["counts"], fingerprint, directory, reused)
 
 
 def check_mix(data: DataConfig) -> None:
@@ -128,13 +128,16 @@ def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage) -> Encoding:
     return Encoding(template, data.max_length, policy, train_on, stage.splits_long_documents, stage.closes_responses)
 
 
-def cache_key(
+def data_keys(
     data: DataConfig, encoding: Encoding, tokenizer: Any, stage: Stage, sources: list[Source], seed: int
-) -> str:
-    """Changes with whatever decides the tokens: file contents, reading options, tokenizer, template, split."""
+) -> tuple[str, str]:
+    """By what the cache is found again, and by what a run knows its data again. Both change with whatever decides the
+    tokens: file contents, reading options, tokenizer, template, split; the first also with what makes reading fail, which
+    says nothing of data that has been read."""
     options = asdict(data)
     for name in ("cache", "shuffle", "streaming", "shuffle_buffer", "mix", "train", "eval"):
         options.pop(name, None)
+    strictness = {name: options.pop(name) for name in ("on_bad_row", "max_lost_fraction")}
     parts = {
         "version": VERSION,
         "sources": [(s.side, (s.name, None if is_embedded(s.name) else fingerprint(s.name))) for s in sources],
@@ -143,7 +146,7 @@ def cache_key(
         "tokenizer": cache.tokenizer_fingerprint(tokenizer),
         "stage": (type(stage).__name__, stage.group_settings(), seed),
     }
-    return cache.digest(parts)
+    return cache.digest({**parts, "strictness": strictness}), cache.digest(parts)
 
 
 def detect(

@@ -275,6 +275,18 @@ class TestText:
             assert (mine.prompt, mine.responses, mine.bytes) == (theirs.prompt, theirs.responses, theirs.bytes)
         assert ours.used == len(ours.examples)
 
+    def test_a_file_without_text_gives_no_example(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where the tokenizer puts a beginning-of-text before it."""
+        monkeypatch.setattr("posttrain.data.tokenize.beginning", lambda tokenizer: [1])
+        Path("empty.txt").write_text("")
+        with pytest.raises(DataError, match="no example is left"):
+            stream("data.train=empty.txt", "data.eval_fraction=0")
+        cfg = options("data.train=[empty.txt,a.txt]", "data.eval_fraction=0")
+        disk = prepare(cfg.data, load_tokenizer(cfg.model), cfg.stage, cfg.train.seed).train
+        assert isinstance(disk, TokenDataset)
+        assert {group.prompt[0] for group in disk.groups([0])} == {1}
+        assert set(disk.column("source")) == {1}
+
     @pytest.mark.parametrize("text", ["a b\r\nc é " * 300, "x" * 9_000, "一\n二三\n" * 400, "\ufeffone two " * 200])
     def test_blocks_go_on_from_each_place(self, text: str) -> None:
         Path("t.txt").write_bytes(text.encode())
@@ -350,6 +362,14 @@ class TestRows:
         with pytest.raises(DataError, match="3 of 3 examples"):
             prepared("data.train=b.jsonl", "data.on_too_long=drop", "data.eval_fraction=0")
 
+    def test_the_evaluation_set_is_held_to_the_same_share(self) -> None:
+        write("a.jsonl", TEXTS)
+        write("b.jsonl", [*TEXTS[:10], *("x" * 99 for _ in range(5))])
+        given = ["data.train=a.jsonl", "data.eval=b.jsonl", "data.on_too_long=drop"]
+        assert len(prepared(*given, "data.max_lost_fraction=0.4").eval) == 10
+        with pytest.raises(DataError, match=r"data\.eval: 5 of 15 examples \(33%\).*data\.max_lost_fraction=0\.2"):
+            prepared(*given)
+
     def test_a_mix_draws_by_weight(self) -> None:
         for name in "ab":
             write(f"{name}.jsonl", [f"{name} {text}" for text in TEXTS[:40]])
@@ -374,6 +394,11 @@ class TestRefused:
         Path("a.json").write_text(json.dumps([{"text": "a"}]))
         with pytest.raises(DataError, match=r"a\.json: a \.json is one document .*jq -c"):
             stream("data.train=a.json")
+
+    def test_but_not_as_evaluation_data_which_is_read_beforehand(self) -> None:
+        write("a.jsonl", TEXTS)
+        Path("a.json").write_text(json.dumps([{"text": text} for text in TEXTS[:5]]))
+        assert list(map(text_of, prepared("data.train=a.jsonl", "data.eval=a.json").eval.groups(range(5)))) == TEXTS[:5]
 
     def test_rows_that_must_be_joined(self) -> None:
         Path("a.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "reward": 1}) + "\n")
@@ -407,6 +432,35 @@ def test_memory_does_not_grow_with_the_data() -> None:
         assert 0.7 * count < source.tally.examples < 0.9 * count
     print(peaks)
     assert peaks[5_000] < peaks[500] + 100_000, peaks  # of names, 4,500 more would take 400,000
+
+
+def test_a_block_is_held_compact() -> None:
+    """Each token more in a block takes 5 bytes and its text (of small ids here: lists would take 12, and 50 of large ones)."""
+    write("a.jsonl", [f"{n} " + "7" * 500 for n in range(600)])
+    peaks, tokens = [], []
+    for size in (200, 600):
+        given = ["data.train=a.jsonl", "data.max_length=512", "data.eval_fraction=0", f"data.shuffle_buffer={size}"]
+        source = stream(*given)
+        tracemalloc.start()
+        source.next()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        tokens.append(sum(len(group.responses[0]) for group in source.examples))
+    each = (peaks[1] - peaks[0]) / (tokens[1] - tokens[0])
+    assert 5 < each < 7
+
+
+def test_the_order_is_told_as_it_is() -> None:
+    for name in "ab":
+        write(f"{name}.jsonl", TEXTS[:40])
+    two, mix = "data.train=[a.jsonl,b.jsonl]", "data.mix=[3,1]"
+    assert stream(two, "data.shuffle=false").describe() == "in the order of the files"
+    assert stream(two, mix, "data.shuffle=false").describe() == (
+        "drawn from the sources by data.mix, each source in its own order"
+    )
+    assert stream(two, mix).describe() == (
+        "drawn from the sources by data.mix, shuffled 50 examples at a time (data.shuffle_buffer)"
+    )
 
 
 def one_epoch_uncollected(source: Stream) -> range:

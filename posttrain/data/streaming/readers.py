@@ -140,10 +140,11 @@ class TextReader:
 
 
 def compact(group: TokenGroup) -> TokenGroup:
-    """The same in 5 bytes a token instead of about 50; `whole` undoes it."""
+    """The same in 5 bytes a token, and its text in UTF-8, instead of about 50 and up to 4 a character; `whole` undoes it."""
     ids = [np.array(response, np.int32) for response in group.responses]
     masks = [np.array(mask, np.bool_) for mask in group.masks]
     packed: Any = {"prompt": np.array(group.prompt, np.int32), "responses": ids, "masks": masks}
+    packed["text"] = group.text.encode("utf-8", "surrogatepass")
     return replace(group, **packed)
 
 
@@ -151,7 +152,8 @@ def whole(group: TokenGroup) -> TokenGroup:
     """The lists that a batch is made of."""
     packed: Any = group
     ids, masks = ([part.tolist() for part in parts] for parts in (packed.responses, packed.masks))
-    return replace(group, prompt=packed.prompt.tolist(), responses=ids, masks=masks)
+    text = packed.text.decode("utf-8", "surrogatepass")
+    return replace(group, prompt=packed.prompt.tolist(), responses=ids, masks=masks, text=text)
 
 
 def _known_columns(
