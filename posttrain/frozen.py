@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from posttrain.models.networks import Networks
+from posttrain.reference import reference_network
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -16,16 +17,12 @@ if TYPE_CHECKING:
 Frozen = Callable[[Networks], AbstractContextManager[Any]]
 
 
-def open_frozen(cfg: Config, runtime: Runtime, tokenizer: Any, start: Any) -> Frozen:
+def open_frozen(cfg: Config, runtime: Runtime, start: Any) -> Frozen:
     """start: the policy where it is still the start, else None, and the reference is built again from where the run began."""
     if cfg.model.reference is None and cfg.adapter.name != "none" and cfg.adapter.path is None:
         return _without_adapter
-    if cfg.model.reference is None and start is not None:
-        policy = copy.deepcopy(start)
-    else:
-        from posttrain.reference import reference_network
-
-        policy = reference_network(cfg, runtime, tokenizer)
+    is_start = cfg.model.reference is None and start is not None
+    policy = copy.deepcopy(start) if is_start else reference_network(cfg, runtime)
     policy.requires_grad_(False)
     policy.eval()
 

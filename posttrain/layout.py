@@ -52,7 +52,7 @@ def probe_layout(
     """Check the forward pass on these examples. A layout that was asked for and cannot be is an error; one that `auto` chose
     gives way to padded, and that is said."""
     try:
-        _check_window(policy, prepared, packing.layout)
+        _check_window(policy, prepared, packing.layout, cfg.data.max_length)
         return check_forward(policy, groups, packing.layout, runtime.device), packing
     except ModelError as error:
         if cfg.batch.layout != "auto" or packing.layout == "padded":
@@ -63,12 +63,13 @@ def probe_layout(
         return found, padded
 
 
-def _check_window(policy: Any, prepared: Prepared, layout: str) -> None:
+def _check_window(policy: Any, prepared: Prepared, layout: str, max_length: int) -> None:
     """A mask of our own takes the place of the library's sliding window, so rows must not reach past it."""
     window = sliding_window(policy.network)
     longest = max((int(data.longest.max()) for data in (prepared.train, prepared.eval) if len(data)), default=0)
+    longest, known = (max_length, "may have") if prepared.stream else (longest, "has")
     if layout == "shared" and window is not None and longest > window:
         raise ModelError(
             f"batch.layout=shared: {policy.network.config.model_type} attends to {window} positions, and the longest example "
-            f"has {longest}; use batch.layout=padded, or a data.max_length of at most {window}"
+            f"{known} {longest}; use batch.layout=padded, or a data.max_length of at most {window}"
         )

@@ -82,7 +82,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
             f"model.dtype={cfg.model.dtype} would train weights without fp32 masters, and small updates would be rounded away; "
             "leave model.dtype=auto (precision=bf16 computes in bf16), or train an adapter"
         )
+    check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
+    reference.check(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not prepared.stream:
         on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
@@ -98,7 +100,8 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
         cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends), cfg.stage.needs_critic
     )
     check_fits(cfg, policy, tokenizer)
-    check_rope(policy.network.config, np.concatenate([prepared.train.longest, prepared.eval.longest]))
+    lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
+    check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
     policy.to(runtime.device)
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
@@ -106,9 +109,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
-    state.reference, found = reference.attach(
-        cfg, runtime, prepared, loader.packing, tokenizer, state.reference, start, probed
-    )
+    state.reference, found = reference.attach(cfg, runtime, prepared, loader.packing, state.reference, start, probed)
     set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):
@@ -142,8 +143,16 @@ def open_supply(
     supply = Supply(loader, draws, runtime, loader.packing, ends, pad, cfg.train.seed, state=state.stream)
     if cfg.stage.answer_tokens:
         supply.judge = open_judge(cfg, tokenizer)
-        supply.reference = frozen.open_frozen(cfg, runtime, tokenizer, start) if getattr(cfg.stage, "beta", 0) else None
+        supply.reference = frozen.open_frozen(cfg, runtime, start) if getattr(cfg.stage, "beta", 0) else None
     return supply
+
+
+def check_attention(cfg: Config, runtime: Runtime) -> None:
+    """Kernels that there are on a GPU alone."""
+    if cfg.model.attention == "flex_attention" and runtime.device.type == "cpu":
+        raise ConfigError(
+            "model.attention=flex_attention needs a GPU: on a CPU its kernel has no backward pass; leave model.attention=auto"
+        )
 
 
 def prepare_data(cfg: Config, tokenizer: Any, runtime: Runtime) -> Prepared:

@@ -116,7 +116,9 @@ class Documents:
         rest.tokens = whole
 
     def end(self, rest: Rest) -> Iterator[Window]:
-        """The last windows of a stream, with the end-of-text."""
+        """The last windows of a stream, with the end-of-text; none of a stream that had no text."""
+        if len(rest.tokens.ids) == len(self.bos):
+            return
         last = Tokens(np.array([self.eos]), np.zeros(1, np.int64), np.array([len(rest.text)]))
         whole = rest.tokens.join(last)
         for index in range(0, len(whole.ids) - 1, self.max_length - 1):

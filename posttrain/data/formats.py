@@ -11,6 +11,7 @@ from typing import Any, Literal
 from posttrain.data.columns import ROLES, Survey, resolve_roles
 from posttrain.data.group import Group
 from posttrain.data.join import join_prompts
+from posttrain.data.readers import Refuse, stop_at
 from posttrain.data.rows import Row
 from posttrain.data.spellings import FORMATS, SPELLINGS, Spelling
 from posttrain.errors import ConfigError, DataError
@@ -54,6 +55,12 @@ class Report:
     messages: list[str] = field(default_factory=list)  # of the first bad rows, max_messages at most
     notes: Counter[str] = field(default_factory=Counter)
     max_messages: int = 10
+
+    def skip(self, message: str) -> None:
+        """Count a row that was read and is left out; the first few are listed."""
+        self.skipped += 1
+        if len(self.messages) < self.max_messages:
+            self.messages.append(message)
 
     def lines(self) -> list[str]:
         """One line a thing to know; none if every row was read as it is."""
@@ -171,6 +178,17 @@ def to_groups(
         raise DataError(f"all {report.rows:,} rows were skipped as bad; the first: {report.messages[0]}")
 
 
+def refuser(on_bad_row: str, report: Report | None = None) -> Refuse:
+    """What becomes of a line that is no row: as of a bad row. report: where it is counted, if this reading counts."""
+
+    def skip(number: int, error: DataError) -> None:
+        if report is not None:
+            report.rows += 1
+            report.skip(str(error))
+
+    return skip if on_bad_row == "skip" else stop_at
+
+
 def _each(
     rows: Iterable[tuple[str, int, dict[str, Any]]], detected: Detected, on_bad_row: str, report: Report
 ) -> Iterator[Group]:
@@ -185,8 +203,6 @@ def _each(
                 raise DataError(
                     f"{error}. Fix the row, or set data.on_bad_row=skip to skip and count such rows{other}"
                 ) from None
-            report.skipped += 1
-            if len(report.messages) < report.max_messages:
-                report.messages.append(str(error))
+            report.skip(str(error))
             continue
         yield group

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data import cache, embedded
 from posttrain.data.columns import Survey
-from posttrain.data.formats import Detected, Report, describe, detect_format, to_groups
+from posttrain.data.formats import Detected, Report, describe, detect_format, refuser, to_groups
+from posttrain.data.readers import Refuse
 from posttrain.data.sources import expand_sources, fingerprint, is_text_stream, read_rows
 from posttrain.data.split import split
 from posttrain.data.text import text_blocks
@@ -81,7 +82,7 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
     ]
     sources = [Source(name, number, side) for number, (name, side) in enumerate(named)]
     encoding = encoding_of(data, tokenizer, stage)
-    key = cache_key(data, encoding, tokenizer, stage, sources, seed)
+    key, fingerprint = data_keys(data, encoding, tokenizer, stage, sources, seed)
     directory = cache.cache_root(data.cache) / key
     reused = cache.is_built(directory)
     if not reused:
@@ -90,7 +91,7 @@ def prepare(data: DataConfig, tokenizer: Any, stage: Stage, seed: int) -> Prepar
         cache.build(directory, lambda scratch: _tokenize(scratch, data, encoding, tokenizer, stage, sources, seed))
     facts = cache.read_facts(directory)
     train, held_out = (TokenDataset(read(directory / f"{side}.arrow")) for side in ("train", "eval"))
-    return Prepared(train, held_out, facts["lines"], facts["counts"], key, directory, reused)
+    return Prepared(train, held_out, facts["lines"], facts["counts"], fingerprint, directory, reused)
 
 
 def check_mix(data: DataConfig) -> None:
@@ -135,13 +136,16 @@ def encoding_of(data: DataConfig, tokenizer: Any, stage: Stage) -> Encoding:
     )
 
 
-def cache_key(
+def data_keys(
     data: DataConfig, encoding: Encoding, tokenizer: Any, stage: Stage, sources: list[Source], seed: int
-) -> str:
-    """Changes with whatever decides the tokens: file contents, reading options, tokenizer, template, split."""
+) -> tuple[str, str]:
+    """By what the cache is found again, and by what a run knows its data again. Both change with whatever decides the
+    tokens: file contents, reading options, tokenizer, template, split; the first also with what makes reading fail, which
+    says nothing of data that has been read."""
     options = asdict(data)
     for name in ("cache", "shuffle", "streaming", "shuffle_buffer", "mix", "train", "eval"):
         options.pop(name, None)
+    strictness = {name: options.pop(name) for name in ("on_bad_row", "max_lost_fraction")}
     parts = {
         "version": VERSION,
         "sources": [(s.side, (s.name, None if is_embedded(s.name) else fingerprint(s.name))) for s in sources],
@@ -150,7 +154,7 @@ def cache_key(
         "tokenizer": cache.tokenizer_fingerprint(tokenizer),
         "stage": (type(stage).__name__, stage.group_settings(), seed),
     }
-    return cache.digest(parts)
+    return cache.digest({**parts, "strictness": strictness}), cache.digest(parts)
 
 
 def detect(
@@ -161,7 +165,8 @@ def detect(
         found: Detected | None = None
         format = "text"
     else:
-        survey = Survey().add((row for _, row in rows_of(source, data)) if rows is None else rows)
+        refuse = refuser(data.on_bad_row)  # counted when the rows are read again
+        survey = Survey().add((row for _, row in rows_of(source, data, refuse)) if rows is None else rows)
         found = detect_format(
             survey, data.format, dict(data.columns or {}), dict(data.reward_weights or {}), source=source.name
         )
@@ -226,7 +231,8 @@ def _token_groups(
     if source.detected is None:
         stream = worker.stream(text_blocks(source.name), source.name)
     else:
-        rows = ((source.name, number, row) for number, row in rows_of(source, data))
+        refuse = refuser(data.on_bad_row, source.report)
+        rows = ((source.name, number, row) for number, row in rows_of(source, data, refuse))
         groups = to_groups(rows, source.detected, data.on_bad_row, source.report)
         stream = worker.groups(stage.groups(groups, notes))
     for group in stream:
@@ -234,9 +240,10 @@ def _token_groups(
         yield group
 
 
-def rows_of(source: Source, data: DataConfig) -> Iterable[tuple[int, dict[str, Any]]]:
+def rows_of(source: Source, data: DataConfig, refuse: Refuse) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(row number, row); refuse: what becomes of a line that is no row."""
     if not is_embedded(source.name):
-        return read_rows(source.name, data.document_separator)
+        return read_rows(source.name, data.document_separator, refuse)
     _, kind, *rest = source.name.split(":")
     held_out = "held_out" in rest
     count = next((int(part) for part in rest if part.isdigit()), 1_000)

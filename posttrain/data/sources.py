@@ -16,11 +16,11 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from posttrain.data.readers import Rows, delimited, json_document, json_lines, parquet
+from posttrain.data.readers import Refuse, Rows, delimited, json_document, json_lines, parquet, stop_at
 from posttrain.data.text import documents, open_text, reading
 from posttrain.errors import DataError
 
-READERS: dict[str, Callable[[str], Rows]] = {
+READERS: dict[str, Callable[[str, Refuse], Rows]] = {
     ".json": json_document,
     ".jsonl": json_lines,
     ".ndjson": json_lines,
@@ -89,11 +89,19 @@ def is_text_stream(source: str, document_separator: str | None = None) -> bool:
     return document_separator is None and kind_of(source) == ".txt"
 
 
-def read_rows(source: str, document_separator: str | None = None) -> Rows:
+def read_rows(source: str, document_separator: str | None = None, refuse: Refuse = stop_at) -> Rows:
     """(row number from 1, row) of one file or hub id, streamed; in JSON lines the row number is the line number.
 
-    A .txt gives a row {"text"} a document where there is a document_separator, else the one row {STREAM: path}.
+    A .txt gives a row {"text"} a document where there is a document_separator, else the one row {STREAM: path}. refuse: what
+    becomes of a line that is no row, such as broken JSON.
     """
+    refused: list[DataError] = []
+
+    def told(number: int, error: DataError) -> None:
+        refuse(number, error)
+        if not refused:
+            refused.append(error)
+
     if is_hub_id(source):
         rows = _hub_rows(source)
     else:
@@ -105,11 +113,18 @@ def read_rows(source: str, document_separator: str | None = None) -> Rows:
             assert document_separator is not None
             rows = ((number, {"text": text}) for number, text in documents(source, document_separator))
         else:
-            rows = READERS[kind](source)
+            rows = READERS[kind](source, told)
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{source}: the file is empty, or holds no rows; give a file with at least one")
+        raise DataError(nothing_in(source, refused))
     return chain([first], rows)
+
+
+def nothing_in(source: str, refused: Sequence[object] = ()) -> str:
+    """Why a source without a row cannot be used; refused: the first of the rows that could not be read."""
+    if refused:
+        return f"{source}: none of its rows can be read; the first: {refused[0]}"
+    return f"{source}: the file is empty, or holds no rows; give a file with at least one"
 
 
 def _stream_row(path: str) -> Rows:

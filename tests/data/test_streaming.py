@@ -225,7 +225,7 @@ class TestGoingBack:
 
         original = cursors.json_line
         monkeypatch.setattr(
-            cursors, "json_line", lambda path, number, line: parsed.append(number) or original(path, number, line)
+            cursors, "json_line", lambda path, number, *rest: parsed.append(number) or original(path, number, *rest)
         )
         again.restore(state)
         assert parsed[0] == 193  # block 5 begins at row 201, in the batch of rows 193 to 208
@@ -275,6 +275,18 @@ class TestText:
             assert (mine.prompt, mine.responses, mine.bytes) == (theirs.prompt, theirs.responses, theirs.bytes)
         assert ours.used == len(ours.examples)
 
+    def test_a_file_without_text_gives_no_example(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where the tokenizer puts a beginning-of-text before it."""
+        monkeypatch.setattr("posttrain.data.tokenize.beginning", lambda tokenizer: [1])
+        Path("empty.txt").write_text("")
+        with pytest.raises(DataError, match="no example is left"):
+            stream("data.train=empty.txt", "data.eval_fraction=0")
+        cfg = options("data.train=[empty.txt,a.txt]", "data.eval_fraction=0")
+        disk = prepare(cfg.data, load_tokenizer(cfg.model), cfg.stage, cfg.train.seed).train
+        assert isinstance(disk, TokenDataset)
+        assert {group.prompt[0] for group in disk.groups([0])} == {1}
+        assert set(disk.column("source")) == {1}
+
     @pytest.mark.parametrize("text", ["a b\r\nc é " * 300, "x" * 9_000, "一\n二三\n" * 400, "\ufeffone two " * 200])
     def test_blocks_go_on_from_each_place(self, text: str) -> None:
         Path("t.txt").write_bytes(text.encode())
@@ -298,6 +310,35 @@ class TestRows:
         assert skipping.tally.lost == 1
         assert any("1 of 151 rows skipped" in line for line in skipping.lines())
 
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+    def test_a_line_that_is_no_row_is_skipped_and_counted_once(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where a run goes on behind it, from every place: the rows, their numbers and the counts stay."""
+        monkeypatch.setattr("posttrain.data.streaming.readers.BATCH", 16)
+        broken = "a,b" if name == "a.csv" else '{"text": "1'
+        rows = TEXTS if name == "a.csv" else [json.dumps({"text": text}) for text in TEXTS]
+        lines = [*rows[:16], broken, *rows[16:120], "", broken, broken, *rows[120:], broken]
+        text = "\n".join(["text", *lines] if name == "a.csv" else lines) + "\n"
+        Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        given = [f"data.train={name}", "data.eval_fraction=0", "data.on_bad_row=skip"]
+        with pytest.raises(DataError, match=r"or set data\.on_bad_row=skip to skip and count such rows"):
+            take(stream(*given[:2]), 300)
+        whole = stream(*given)
+        states, seen = [], []
+        for _ in range(600):
+            states.append(json.dumps(whole.state()))
+            seen += take(whole, 1)
+        assert sorted(seen[:300]) == sorted(seen[300:]) == sorted(TEXTS)
+        assert (whole.tally.report.rows, whole.tally.lost) == (608, 8)
+        place = "row 17 (line 18)" if name == "a.csv" else "line 17, column"
+        assert whole.tally.report.messages[0].startswith(f"{name}, {place}")
+        for at in (15, 49, 100, 199, 299, 301):
+            again = stream(*given)
+            again.restore(json.loads(states[at]))
+            assert take(again, 600 - at) == seen[at:], at
+            assert again.tally == whole.tally, at
+
     def test_a_column_that_comes_late_is_not_passed_over(self) -> None:
         rows: list[dict[str, str]] = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(120)]
         rows[110]["system"] = "Add."
@@ -320,6 +361,14 @@ class TestRows:
         write("b.jsonl", ["x" * 99] * 3)
         with pytest.raises(DataError, match="3 of 3 examples"):
             prepared("data.train=b.jsonl", "data.on_too_long=drop", "data.eval_fraction=0")
+
+    def test_the_evaluation_set_is_held_to_the_same_share(self) -> None:
+        write("a.jsonl", TEXTS)
+        write("b.jsonl", [*TEXTS[:10], *("x" * 99 for _ in range(5))])
+        given = ["data.train=a.jsonl", "data.eval=b.jsonl", "data.on_too_long=drop"]
+        assert len(prepared(*given, "data.max_lost_fraction=0.4").eval) == 10
+        with pytest.raises(DataError, match=r"data\.eval: 5 of 15 examples \(33%\).*data\.max_lost_fraction=0\.2"):
+            prepared(*given)
 
     def test_a_mix_draws_by_weight(self) -> None:
         for name in "ab":
@@ -345,6 +394,11 @@ class TestRefused:
         Path("a.json").write_text(json.dumps([{"text": "a"}]))
         with pytest.raises(DataError, match=r"a\.json: a \.json is one document .*jq -c"):
             stream("data.train=a.json")
+
+    def test_but_not_as_evaluation_data_which_is_read_beforehand(self) -> None:
+        write("a.jsonl", TEXTS)
+        Path("a.json").write_text(json.dumps([{"text": text} for text in TEXTS[:5]]))
+        assert list(map(text_of, prepared("data.train=a.jsonl", "data.eval=a.json").eval.groups(range(5)))) == TEXTS[:5]
 
     def test_rows_that_must_be_joined(self) -> None:
         Path("a.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "reward": 1}) + "\n")
@@ -378,6 +432,35 @@ def test_memory_does_not_grow_with_the_data() -> None:
         assert 0.7 * count < source.tally.examples < 0.9 * count
     print(peaks)
     assert peaks[5_000] < peaks[500] + 100_000, peaks  # of names, 4,500 more would take 400,000
+
+
+def test_a_block_is_held_compact() -> None:
+    """Each token more in a block takes 5 bytes and its text (of small ids here: lists would take 12, and 50 of large ones)."""
+    write("a.jsonl", [f"{n} " + "7" * 500 for n in range(600)])
+    peaks, tokens = [], []
+    for size in (200, 600):
+        given = ["data.train=a.jsonl", "data.max_length=512", "data.eval_fraction=0", f"data.shuffle_buffer={size}"]
+        source = stream(*given)
+        tracemalloc.start()
+        source.next()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        tokens.append(sum(len(group.responses[0]) for group in source.examples))
+    each = (peaks[1] - peaks[0]) / (tokens[1] - tokens[0])
+    assert 5 < each < 7
+
+
+def test_the_order_is_told_as_it_is() -> None:
+    for name in "ab":
+        write(f"{name}.jsonl", TEXTS[:40])
+    two, mix = "data.train=[a.jsonl,b.jsonl]", "data.mix=[3,1]"
+    assert stream(two, "data.shuffle=false").describe() == "in the order of the files"
+    assert stream(two, mix, "data.shuffle=false").describe() == (
+        "drawn from the sources by data.mix, each source in its own order"
+    )
+    assert stream(two, mix).describe() == (
+        "drawn from the sources by data.mix, shuffled 50 examples at a time (data.shuffle_buffer)"
+    )
 
 
 def one_epoch_uncollected(source: Stream) -> range:

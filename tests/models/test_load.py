@@ -154,7 +154,11 @@ def test_dynamic_scaling_lets_a_long_example_move_a_short_one_so_it_is_refused()
                 check_rope(config, lengths)
         check_rope(config, lengths[:2])
         if not moves:
-            check_rope(config, lengths)
+            check_rope(config, lengths, 64)
+            continue
+        with pytest.raises(ModelError, match=r"beyond 16 tokens \(a stream's examples may have 64\)"):
+            check_rope(config, lengths[:2], 64)
+        check_rope(config, lengths[:2], 16)
 
 
 @pytest.mark.parametrize(

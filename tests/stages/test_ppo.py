@@ -44,7 +44,14 @@ def test_the_first_update_has_ratio_one_and_the_next_has_not(run: Run) -> None:
 
 @pytest.mark.parametrize("split", [("batch.micro_tokens=1",), ("batch.micro_size=3",), ("batch.layout=packed",)])
 def test_the_split_into_forwards_changes_nothing(run: Run, split: tuple[str, ...]) -> None:
-    options = (*PPO, "optim.lr=1e-4", "stage.advantage=gae", "stage.kl_in=both", "stage.entropy_weight=0.01", "stage.minibatches=2")
+    options = (
+        *PPO,
+        "optim.lr=1e-4",
+        "stage.advantage=gae",
+        "stage.kl_in=both",
+        "stage.entropy_weight=0.01",
+        "stage.minibatches=2",
+    )
     run(*options, "run.dir=a", "train.steps=4")
     run(*options, *split, "run.dir=b", "train.steps=4")
     for a, b in zip(lines("a"), lines("b"), strict=True):
@@ -59,5 +66,3 @@ def test_every_score_has_an_interval(run: Run) -> None:
         assert score["low"] <= score["value"] <= score["high"]
     assert lines("r")[0]["reward"]["clusters"] == 6  # prompts, not answers
     assert {"reward", "accuracy"} <= set(summary.changes)
-
-

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
-from posttrain.data.readers import Rows, json_line, parquet
+from posttrain.data.readers import Refuse, Rows, json_line, parquet, stop_at
 from posttrain.data.sources import is_hub_id, kind_of, load_hub
 from posttrain.data.text import open_bytes, reading
 from posttrain.errors import DataError
@@ -25,11 +24,13 @@ SOUGHT = (*LINES, ".parquet", ".txt")
 class RowCursor(Iterator[tuple[int, dict[str, Any]]]):
     """(row number, row) of one source; `mark()` tells where the next row begins.
 
-    forward: the same rows from the first on, for kinds that cannot be sought.
+    forward: the same rows from the first on, for kinds that cannot be sought. refuse: what becomes of a line that is no row.
     """
 
-    def __init__(self, source: str, forward: Callable[[], Rows], mark: Mark | None = None) -> None:
-        self.source, self.forward = source, forward
+    def __init__(
+        self, source: str, forward: Callable[[Refuse], Rows], refuse: Refuse = stop_at, mark: Mark | None = None
+    ) -> None:
+        self.source, self.forward, self.refuse = source, forward, refuse
         self.row: int = mark["row"] if mark else 0
         self.at: Any = mark["at"] if mark else None
         self.hub: Any = None
@@ -50,8 +51,13 @@ class RowCursor(Iterator[tuple[int, dict[str, Any]]]):
         if kind in LINES:
             return self._lines()
         if kind == ".parquet":
-            return parquet(self.source, self.row)
-        return islice(self.forward(), self.row, None)
+            return parquet(self.source, after=self.row)
+        return self._forward(self.row)
+
+    def _forward(self, before: int) -> Rows:
+        """Those after row `before`; what was refused up to there was counted when it was first read."""
+        rows = self.forward(lambda number, error: self.refuse(number, error) if number > before else None)
+        return ((number, row) for number, row in rows if number > before)
 
     def _lines(self) -> Rows:
         """As `json_lines`, by bytes: `at` is the position after the last line read."""
@@ -61,8 +67,8 @@ class RowCursor(Iterator[tuple[int, dict[str, Any]]]):
             for line in file:
                 number, start, self.at = number + 1, self.at, self.at + len(line)
                 text = (line if start else line.removeprefix(codecs.BOM_UTF8)).decode()
-                if not text.isspace():
-                    yield number, json_line(self.source, number, text)
+                if not text.isspace() and (row := json_line(self.source, number, text, self.refuse)) is not None:
+                    yield number, row
 
     def _hub(self) -> Rows:
         self.hub = load_hub(self.source, streaming=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from posttrain.data.pipeline import Source, stop_if_lost
 from posttrain.data.streaming.cursors import Mark
-from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader
+from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader, compact
 from posttrain.data.streaming.tally import Tally
 from posttrain.data.tokens import TokenGroup
 
@@ -39,7 +39,7 @@ class Feed:
         self.go_to(None)
 
     def take(self, count: int) -> list[TokenGroup]:
-        """The next examples; fewer, or none, where the epoch ends."""
+        """The next examples, compact; fewer, or none, where the epoch ends."""
         found: list[TokenGroup] = []
         while len(found) < count:
             if self.used == len(self.batch) and not self._refill():
@@ -86,7 +86,7 @@ class Feed:
             if read is None:
                 self.reader, self.file = None, self.file + 1
                 continue
-            self.batch = read if limit is None else read[: limit - self.taken]
+            self.batch = [compact(group) for group in (read if limit is None else read[: limit - self.taken])]
             self._check_lost(CHECK_AFTER)
             if self.batch:
                 return True
@@ -109,8 +109,12 @@ class Feed:
 
     def _check_lost(self, after: int) -> None:
         """Losing many examples stops the run as soon as it is seen."""
-        tally, reading = self.tally, self.reading
-        if tally.total >= after:
-            counts = Counter({"lost": tally.counts.lost, "groups": tally.counts.groups})
-            whole = Source("data.train", 0, "train", report=tally.report, counts=counts)
-            stop_if_lost("data.train", [whole], tally.counts, reading.data, reading.encoding)
+        if self.tally.total >= after:
+            stop_if_many_lost("data.train", self.tally, self.reading)
+
+
+def stop_if_many_lost(key: str, tally: Tally, reading: Reading) -> None:
+    """Hold a side to data.max_lost_fraction; key: data.train or data.eval."""
+    counts = Counter({"lost": tally.counts.lost, "groups": tally.counts.groups})
+    whole = Source(key, 0, key.removeprefix("data."), report=tally.report, counts=counts)
+    stop_if_lost(key, [whole], tally.counts, reading.data, reading.encoding)

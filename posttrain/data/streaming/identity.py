@@ -29,7 +29,7 @@ def keys_of(reading: Reading, sources: list[Source], default_limit: int) -> dict
     }
     known = [(source.side, _known_by(source)) for source in sources]
     named = [(source.name, _changed(source)) for source in sources]
-    limits = (reading.data.eval_limit, default_limit, reading.data.on_bad_row)
+    limits = (reading.data.eval_limit, default_limit, reading.data.on_bad_row, reading.data.max_lost_fraction)
     streamed = [part for part in known if part[0] == "train"]
     return {
         "train": cache.digest({**common, "sources": streamed, "options": of_stream}),

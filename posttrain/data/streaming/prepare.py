@@ -6,13 +6,12 @@ are the evaluation set, and the rest of that share is trained on by nobody eithe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data import cache
-from posttrain.data.formats import describe
+from posttrain.data.formats import Report, describe, refuser
 from posttrain.data.pipeline import (
     Prepared,
     Source,
@@ -23,11 +22,11 @@ from posttrain.data.pipeline import (
     list_sources,
     rows_of,
 )
-from posttrain.data.sources import check_file, is_hub_id, is_text_stream, kind_of
+from posttrain.data.sources import check_file, is_hub_id, is_text_stream, kind_of, nothing_in
 from posttrain.data.streaming.cursors import RowCursor, is_sought
-from posttrain.data.streaming.feed import Feed
+from posttrain.data.streaming.feed import Feed, stop_if_many_lost
 from posttrain.data.streaming.identity import keys_of
-from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader
+from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader, whole
 from posttrain.data.streaming.stream import Stream
 from posttrain.data.streaming.tally import Tally
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup, Writer, read
@@ -76,19 +75,20 @@ def _first_look(source: Source, data: DataConfig, stage: Stage) -> Any:
     name = source.name
     if not is_embedded(name) and not is_hub_id(name):
         check_file(name)
-        if kind_of(name) == ".json":
+        if kind_of(name) == ".json" and source.side == "train":
             raise DataError(
                 f"{name}: a .json is one document that can only be read whole into memory, so it cannot be streamed; "
                 "make it JSON lines (jq -c '.[]' a.json > a.jsonl), or leave data.streaming out"
             )
         if is_text_stream(name, data.document_separator):
             return detect(source, data, stage)
-    cursor = RowCursor(name, lambda: iter(rows_of(source, data)))
+    report = Report()  # of these rows; all are counted when they are read again
+    cursor = RowCursor(name, lambda told: iter(rows_of(source, data, told)), refuser(data.on_bad_row, report))
     rows = [row for _, row in islice(cursor, FIRST_ROWS)]
     if not rows:
-        raise DataError(f"{name}: the file is empty, or holds no rows; give a file with at least one")
+        raise DataError(nothing_in(name, report.messages))
     found = detect(source, data, stage, rows)
-    if found is not None and found.spelling.joins:
+    if found is not None and found.spelling.joins and source.side == "train":
         raise DataError(
             f"{name}: the format {found.format} joins the rows of a prompt, which may stand anywhere, so it cannot be "
             "streamed; write a row a prompt (the format groups: prompt, responses, rewards), or leave data.streaming out"
@@ -116,7 +116,7 @@ def _first_examples(stream: Stream) -> list[TokenGroup]:
     """Of every feed some; then back to the beginning."""
     found = []
     for feed in stream.feeds:
-        found += feed.take(-(-SHOWN // len(stream.feeds)))
+        found += [whole(group) for group in feed.take(-(-SHOWN // len(stream.feeds)))]
         feed.go_to(None)
     if not found:
         raise DataError("data.train: no example is left to train on in the whole of it; look with posttrain inspect")
@@ -132,24 +132,18 @@ def _hold_out(scratch: Path, reading: Reading, sources: list[Source]) -> dict[st
     if reading.fraction:
         for number, source in enumerate(sources):
             writer.limit = None if limit is None else limit * (number + 1) // len(sources)
-            for batch in _batches(source, reading, worker, tally):
-                if writer.full:
-                    break
+            reader = (TextReader if source.detected is None else RowReader)(source, reading, worker, tally, None)
+            while not writer.full and (batch := reader.read()) is not None:
                 for group in batch:
                     group.source = source.number
                 writer.write(batch)
     writer.close()
     worker.counts.windows = 0  # those past the limit are among them
+    if reading.fraction == 1 and tally.total:
+        stop_if_many_lost("data.eval", tally, reading)
     if reading.fraction == 1 and not writer.count:
         raise DataError("data.eval: no example is left of what was read; look at it with posttrain inspect")
     return {"lines": [*tally.report.lines(), *worker.counts.lines(reading.encoding)]}
-
-
-def _batches(source: Source, reading: Reading, worker: StreamTokenizer, tally: Tally) -> Iterator[list[TokenGroup]]:
-    reader = (TextReader if source.detected is None else RowReader)(source, reading, worker, tally, None)
-    yield []  # before anything is read: a source may have no share
-    while (batch := reader.read()) is not None:
-        yield batch
 
 
 def _lines(train: list[Source], given: list[Source], data: DataConfig, count: int, facts: dict[str, Any]) -> list[str]:

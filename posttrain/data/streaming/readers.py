@@ -12,7 +12,7 @@ import numpy as np
 from posttrain.data.columns import ROLES
 from posttrain.data.documents import Rest, Window
 from posttrain.data.encoding import Encoding
-from posttrain.data.formats import Detected, Report, to_groups
+from posttrain.data.formats import Detected, Report, refuser, to_groups
 from posttrain.data.group import Group
 from posttrain.data.pipeline import Source, rows_of
 from posttrain.data.split import split
@@ -74,9 +74,10 @@ class RowReader:
     ) -> None:
         assert source.detected is not None
         self.reading, self.worker, self.tally = reading, worker, tally
-        self.cursor = RowCursor(source.name, lambda: iter(rows_of(source, reading.data)), mark)
-        rows = ((source.name, number, row) for number, row in self.cursor)
         on_bad_row = reading.data.on_bad_row
+        refuse = refuser(on_bad_row, tally.report)
+        self.cursor = RowCursor(source.name, lambda told: iter(rows_of(source, reading.data, told)), refuse, mark)
+        rows = ((source.name, number, row) for number, row in self.cursor)
         groups = to_groups(
             _known_columns(rows, source.detected, on_bad_row, tally.report), source.detected, on_bad_row, tally.report
         )
@@ -139,10 +140,11 @@ class TextReader:
 
 
 def compact(group: TokenGroup) -> TokenGroup:
-    """The same in 5 bytes a token instead of about 50; `whole` undoes it."""
+    """The same in 5 bytes a token, and its text in UTF-8, instead of about 50 and up to 4 a character; `whole` undoes it."""
     ids = [np.array(response, np.int32) for response in group.responses]
     masks = [np.array(mask, np.bool_) for mask in group.masks]
     packed: Any = {"prompt": np.array(group.prompt, np.int32), "responses": ids, "masks": masks}
+    packed["text"] = group.text.encode("utf-8", "surrogatepass")
     return replace(group, **packed)
 
 
@@ -150,7 +152,8 @@ def whole(group: TokenGroup) -> TokenGroup:
     """The lists that a batch is made of."""
     packed: Any = group
     ids, masks = ([part.tolist() for part in parts] for parts in (packed.responses, packed.masks))
-    return replace(group, prompt=packed.prompt.tolist(), responses=ids, masks=masks)
+    text = packed.text.decode("utf-8", "surrogatepass")
+    return replace(group, prompt=packed.prompt.tolist(), responses=ids, masks=masks, text=text)
 
 
 def _known_columns(
@@ -173,6 +176,5 @@ def _known_columns(
             raise DataError(
                 f"{message}; put a row that has it first, or set data.on_bad_row=skip to skip and count such rows"
             )
-        report.rows, report.skipped = report.rows + 1, report.skipped + 1
-        if len(report.messages) < report.max_messages:
-            report.messages.append(message)
+        report.rows += 1
+        report.skip(message)

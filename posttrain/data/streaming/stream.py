@@ -19,7 +19,7 @@ import numpy as np
 from posttrain.data.loader import Step, compose
 from posttrain.data.packing import Packing
 from posttrain.data.streaming.feed import Feed
-from posttrain.data.streaming.readers import compact, whole
+from posttrain.data.streaming.readers import whole
 from posttrain.data.streaming.tally import Tally
 from posttrain.data.tokens import Examples, TokenGroup
 from posttrain.errors import CheckpointError, DataError
@@ -83,7 +83,7 @@ class Stream:
 
     def _take(self, feed: Feed, count: int) -> list[TokenGroup]:
         """At least one example: a feed at the end of an epoch begins the next."""
-        found = [compact(group) for group in feed.take(count) or feed.take(count)]
+        found = feed.take(count) or feed.take(count)
         if not found:
             raise DataError(
                 "data.train: no example is left to train on in the whole of it; look with posttrain inspect"
@@ -104,9 +104,10 @@ class Stream:
 
     def describe(self) -> str:
         """The order, in words."""
-        if not self.shuffle:
-            return "in the order of the files"
-        return f"shuffled {self.buffer:,} examples at a time (data.shuffle_buffer)"
+        shuffled = f"shuffled {self.buffer:,} examples at a time (data.shuffle_buffer)"
+        if self.weights:
+            return f"drawn from the sources by data.mix, {shuffled if self.shuffle else 'each source in its own order'}"
+        return shuffled if self.shuffle else "in the order of the files"
 
     def lines(self) -> list[str]:
         """What was read, dropped or cut so far."""
