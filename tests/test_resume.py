@@ -21,7 +21,18 @@ from safetensors.torch import load_file
 from posttrain.errors import CheckpointError, ConfigError
 
 Run = Callable[..., Any]
-VARYING = {"tokens_per_second", "peak_memory_bytes", "seconds", "run_dir", "model_dir", "best_checkpoint"}
+VARYING = {
+    "tokens_per_second",
+    "rollout_seconds",
+    "reward_seconds",
+    "score_seconds",
+    "rollout_tokens_per_second",
+    "peak_memory_bytes",
+    "seconds",
+    "run_dir",
+    "model_dir",
+    "best_checkpoint",
+}
 STEPS = ("train.steps=9", "train.eval_every=3", "train.save_every=2", "train.log_every=4")
 SAMPLES = ("eval.generate=3", "eval.max_new_tokens=3", "eval.verifier=exact")
 
