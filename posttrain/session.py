@@ -20,13 +20,13 @@ from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
-from posttrain.layout import packing_of, probe_layout
+from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_config, load_tokenizer, position_limit
 from posttrain.models.networks import Head, Networks, build_network
 from posttrain.models.probe import check_rope, probe_positions, sliding_window
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
-from posttrain.resume import restore, resumed
+from posttrain.resume import loading, restore, resumed
 from posttrain.rundir import RunDir
 from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
 
@@ -90,16 +90,18 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     if cfg.train.patience is not None and not len(prepared.eval):
         raise ConfigError(f"train.patience={cfg.train.patience} needs scores, but no evaluation example was held out")
     seed_everything(cfg.train.seed, 0)
-    model, adapter = resumed(cfg, run)
-    policy, described = open_network(
-        cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends)
-    )
+    with loading(run):
+        model, adapter = resumed(cfg, run)
+        policy, described = open_network(
+            cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends)
+        )
     check_fits(cfg, policy, tokenizer)
     lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
     check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
     policy.to(runtime.device)
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     probe, loader.packing = probe_layout(cfg, policy, prepared, prepared.train.groups(probed), packing, runtime)
+    prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
@@ -141,13 +143,24 @@ def open_loader(
 
 
 def count_steps(cfg: Config, loader: Loader | StreamLoader) -> tuple[int, int | None]:
-    """Optimizer steps, and how many examples are drawn where epochs count."""
+    """Optimizer steps, and how many examples are drawn where epochs count; refuses a run that would train nothing."""
     if cfg.train.steps:
         return cfg.train.steps, None
-    epochs = cfg.train.epochs
+    epochs, warmup = cfg.train.epochs, cfg.schedule.warmup_steps
     assert epochs is not None, "the config gives steps or epochs"
     assert isinstance(loader, Loader), "a stream is counted in steps"
-    return loader.count_steps(epochs), round(epochs * len(loader.data))
+    steps, examples = loader.count_steps(epochs), len(loader.data)
+    if not steps:
+        raise ConfigError(
+            f"train.epochs={epochs:g} of {examples:,} training examples is less than one, so the run would have no step; "
+            "try train.epochs=1, or train.steps=1"
+        )
+    if warmup is not None and warmup >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} leaves nothing of the {steps:,} steps in train.epochs={epochs:g}; "
+            f"try {steps // 10}"
+        )
+    return steps, round(epochs * examples)
 
 
 def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.disk import write_json, writing
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import Evaluation, Evaluator
-from posttrain.layout import packing_of, probe_layout
+from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
 from posttrain.models.probe import check_rope, probe_positions, sliding_window
@@ -49,6 +49,7 @@ def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
     packing = packing_of(cfg, runtime.device.type, prepared)
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
     _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
+    prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     if cfg.stage.needs_reference(False) != "never":
         if cfg.model.reference is None:
             raise ConfigError(

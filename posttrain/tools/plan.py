@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.layout import packing_of
+from posttrain.layout import beyond_budget, packing_of
 from posttrain.models.adapters import add_adapter
 from posttrain.models.load import load_config, load_shape, load_tokenizer
 from posttrain.optim import warmup_steps
@@ -26,6 +26,7 @@ def plan(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type, prepared)
+    prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     steps, draws = count_steps(cfg, open_loader(cfg, prepared, packing))
     model, described = _on_meta(cfg)
     check_positions(cfg, model.config)
