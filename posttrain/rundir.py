@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from posttrain.checkpoint import complete, is_complete, step_of
+from posttrain.claim import LOCK, Claim
 from posttrain.disk import check_writable, write_json, write_text, writing
 from posttrain.errors import CheckpointError, ConfigError
 
@@ -77,7 +78,7 @@ class RunDir:
 
 
 def default_name(stage: str) -> str:
-    """sft-20261121-101500: runs without a name never collide with older ones, short of the same second."""
+    """sft-20261121-101500; of two runs in the same second the later one gets -2."""
     return f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -94,20 +95,22 @@ def check_data(run: RunDir, fingerprint: str) -> None:
         )
 
 
-def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
-    """Decide where the run goes and whether it continues; on rank 0 only, the others are told.
+def open_run(config: dict[str, Any], stage: str, claim: Claim, verb: str = "train") -> RunDir:
+    """Decide where the run goes and whether it continues; on rank 0 only, the others are told. `claim` then holds it.
 
     train.resume=auto: the same config continues its newest complete checkpoint, another config is refused, no checkpoint
     starts over, a finished run is said to be finished. never: the directory must hold no run. PATH: that checkpoint.
     A start that failed before it had logged or saved a step is no run: any config may take its place.
     """
     run, resume = config["run"], str(config["train"]["resume"])
-    path = (
-        Path(run["dir"]).expanduser()
-        if run["dir"]
-        else Path(run["root"]).expanduser() / (run["name"] or default_name(stage))
-    )
+    root = Path(run["root"]).expanduser()
+    path = Path(run["dir"]).expanduser() if run["dir"] else root / (run["name"] or default_name(stage))
     check_writable(path)
+    if run["dir"] or run["name"]:
+        _check_ours(path)  # before anything is put there
+    else:
+        path = claim.make(path)
+    claim.take(path)
     failed_start = False
     if (path / RECORD).is_file():
         then = _recorded(path / RECORD)
@@ -118,8 +121,6 @@ def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
             )
         if not failed_start:
             _check_same(path, then, {**config, "verb": verb})
-    elif path.is_dir() and any(entry.name != f".{RECORD}.tmp" for entry in path.iterdir()):
-        raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
     found = complete(path / "checkpoints")
     if resume not in ("auto", "never"):
         chosen = _chosen_checkpoint(Path(resume).expanduser())
@@ -174,6 +175,14 @@ def _recorded(path: Path) -> dict[str, Any]:
     if not isinstance(recorded, dict) or not recorded.keys() >= RECORDED or "name" not in (recorded["stage"] or ()):
         raise ConfigError(f"run.dir={path.parent} holds a {RECORD} that is no run's of posttrain; give another run.dir")
     return {"verb": "train", **recorded}
+
+
+def _check_ours(path: Path) -> None:
+    """A directory that is there must be empty, or a run's."""
+    if (path / RECORD).is_file():
+        _recorded(path / RECORD)
+    elif path.is_dir() and any(entry.name not in (LOCK, f".{RECORD}.tmp") for entry in path.iterdir()):
+        raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
 
 
 def _began(path: Path) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 
 from posttrain import reference, rundir
 from posttrain.checkpoint import TrainState
+from posttrain.claim import Claim
 from posttrain.data.loader import Loader, Order
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
@@ -203,9 +205,14 @@ def _first(prepared: Prepared) -> list[Any]:
     return data.groups(range(min(64, len(data))))
 
 
-def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: str = "train") -> RunDir:
-    """The run directory, chosen on rank 0; errors reach every rank."""
-    return on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name, verb))
+@contextmanager
+def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: str = "train") -> Iterator[RunDir]:
+    """The run directory, chosen on rank 0 and this run's alone within the block; errors reach every rank."""
+    claim = Claim()
+    try:
+        yield on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name, claim, verb))
+    finally:
+        claim.release()
 
 
 def open_network(

@@ -23,6 +23,7 @@ STOREYS = [
         "layout",
         "alarm",
         "checkpoint",
+        "claim",
         "resume",
         "rundir",
         "report",

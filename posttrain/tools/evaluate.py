@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 def evaluate(cfg: Config) -> Summary:
     """Score data.eval (or the held-out part of data.train); writes metrics, records and samples to the run directory."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
-    with runtime.together():
-        return _evaluate(cfg, runtime)
+    config = cfg.as_dict()
+    with runtime.together(), open_directory(cfg, config, runtime, "eval") as run:
+        return _evaluate(cfg, config, run, runtime)
 
 
-def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
-    console, config = Console(runtime.is_main), cfg.as_dict()
-    run = open_directory(cfg, config, runtime, "eval")
+def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime) -> Summary:
+    console = Console(runtime.is_main)
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not len(prepared.eval):
