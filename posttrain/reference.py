@@ -7,6 +7,8 @@ adapter the adapter as it came), or the model at model.reference. What is kept i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +22,13 @@ from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
 from posttrain.errors import ConfigError, DataError, ModelError
-from posttrain.models.load import load_tokenizer
+from posttrain.models.lineage import is_reward_model, resolve_path
+from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import build_network
 from posttrain.models.probe import check_forward
 
 if TYPE_CHECKING:
-    from posttrain.config import Config
+    from posttrain.config import Config, ModelConfig
     from posttrain.models.policy import Policy
     from posttrain.runtime import Runtime
 
@@ -35,12 +38,50 @@ HALF_TOLERANCE = 2.0
 """Nats a response by which the start may differ from its own stored log-probs: other batches round otherwise."""
 
 
+def check(cfg: Config, tokenizer: Any) -> None:
+    """model.reference, as far as it can be judged before any weights are loaded: that it is a policy of this vocabulary."""
+    given = cfg.model.reference
+    if given is None:
+        return
+    if cfg.stage.needs_reference(False) == "never":
+        raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
+    model = _model_of(cfg)
+    with _told_of_reference():
+        load_config(model)
+        if is_reward_model(resolve_path(given)):
+            raise ModelError(f"model.path={given} is a reward model: it scores answers and writes none; give a policy")
+        check_vocabulary(tokenizer, load_tokenizer(model), given)
+
+
+def _model_of(cfg: Config) -> ModelConfig:
+    """model.* of the model given as reference."""
+    given = cfg.model.reference
+    return replace(
+        cfg.model,
+        path=given,
+        tokenizer=None,
+        revision=None,
+        gguf_file=None,
+        init="weights",
+        config={},
+        rope_scaling=None,
+    )
+
+
+@contextmanager
+def _told_of_reference() -> Iterator[None]:
+    """What goes wrong with it names its own key."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "model.reference")) from error
+
+
 def attach(
     cfg: Config,
     runtime: Runtime,
     prepared: Prepared,
     packing: Packing,
-    tokenizer: Any,
     keys: dict[str, str],
     start: Policy | None,
     probed: list[int],
@@ -51,11 +92,9 @@ def attach(
     used and what the start-up check, on the training examples `probed`, found.
     """
     wanted = cfg.stage.needs_reference(_sampler_known(prepared.train))
-    if cfg.model.reference is not None and wanted == "never":
-        raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
     if wanted == "never":
         return {}, {}
-    reference = Reference(cfg, runtime, packing, tokenizer, keys, prepared.train.groups(probed))
+    reference = Reference(cfg, runtime, packing, keys, prepared.train.groups(probed))
     if len(prepared.eval):
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, start)
     if wanted != "always":
@@ -87,12 +126,11 @@ class Reference:
         cfg: Config,
         runtime: Runtime,
         packing: Packing,
-        tokenizer: Any,
         keys: dict[str, str],
         examples: list[TokenGroup],
     ) -> None:
         """examples: real ones that a model given as reference is checked with."""
-        self.cfg, self.runtime, self.packing, self.tokenizer = cfg, runtime, packing, tokenizer
+        self.cfg, self.runtime, self.packing = cfg, runtime, packing
         self.examples = examples
         self.keys = dict(keys)
         self._policy: Policy | None = None
@@ -120,19 +158,12 @@ class Reference:
             return
         model, adapter = cfg.model, cfg.adapter
         if given is not None:
-            model = replace(
-                model, path=given, tokenizer=None, revision=None, gguf_file=None, init="weights", config={}, rope_scaling=None
-            )  # fmt: skip
-            adapter = replace(adapter, name="none", path=None)
-        try:
-            if given is not None:
-                check_vocabulary(self.tokenizer, load_tokenizer(model), given)
+            model, adapter = _model_of(cfg), replace(adapter, name="none", path=None)
+        with _told_of_reference() if given is not None else nullcontext():
             policy: Any = build_network(model, adapter, self.runtime.compute_dtype, cfg.train.seed)[0]
             policy.to(self.runtime.device)
             if given is not None:
                 check_forward(policy, self.examples, self.packing.layout, self.runtime.device)
-        except ModelError as error:
-            raise ModelError(str(error).replace("model.path", "model.reference")) from error
         self._policy = policy
 
     def _key(self, side: str, fingerprint: str) -> str:

@@ -81,7 +81,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
             f"model.dtype={cfg.model.dtype} would train weights without fp32 masters, and small updates would be rounded away; "
             "leave model.dtype=auto (precision=bf16 computes in bf16), or train an adapter"
         )
+    check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
+    reference.check(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not prepared.stream:
         on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
@@ -107,9 +109,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
-    state.reference, found = reference.attach(
-        cfg, runtime, prepared, loader.packing, tokenizer, state.reference, start, probed
-    )
+    state.reference, found = reference.attach(cfg, runtime, prepared, loader.packing, state.reference, start, probed)
     set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):
@@ -123,6 +123,14 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     return Session(
         cfg, runtime, console, run, prepared, networks, loader, evaluator, optimizer, state, steps, draws, ends, probe
     )  # fmt: skip
+
+
+def check_attention(cfg: Config, runtime: Runtime) -> None:
+    """Kernels that there are on a GPU alone."""
+    if cfg.model.attention == "flex_attention" and runtime.device.type == "cpu":
+        raise ConfigError(
+            "model.attention=flex_attention needs a GPU: on a CPU its kernel has no backward pass; leave model.attention=auto"
+        )
 
 
 def prepare_data(cfg: Config, tokenizer: Any, runtime: Runtime) -> Prepared:

@@ -470,7 +470,7 @@ def test_weights_without_masters_are_refused(capsys):
     assert "without fp32 masters" in capsys.readouterr().err
 
 
-def test_an_adapter_given_as_a_model_is_named(capsys, tmp_path):
+def test_an_adapter_whose_base_is_not_to_be_had_is_named(capsys, tmp_path):
     from posttrain.cli import main
 
     (tmp_path / "a").mkdir()
@@ -480,4 +480,6 @@ def test_an_adapter_given_as_a_model_is_named(capsys, tmp_path):
 
         (tmp_path / "a" / name).write_text((DIRECTORY / name).read_text())
     assert main(["model.path=a", "data.train=embedded:prompt_completion:20", "data.max_length=64"]) == 2
-    assert "model.path=some/base adapter=lora adapter.path=a" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "its base some/base" in told
+    assert "model.path=BASE adapter=lora adapter.path=a" in told

@@ -22,6 +22,7 @@ STOREYS = [
         "reference",
         "layout",
         "alarm",
+        "allocator",
         "checkpoint",
         "claim",
         "resume",

@@ -11,7 +11,7 @@ import torch
 from test_train import assert_same_weights, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import reference
+from posttrain import reference, session
 from posttrain.data import embedded
 from posttrain.errors import ConfigError, ModelError
 from posttrain.evaluate import read_records
@@ -124,6 +124,44 @@ def test_another_vocabulary_is_refused(run: Run) -> None:
     tokenizer.save_pretrained(path)
     with pytest.raises(ModelError, match="another vocabulary"):
         run(*PAIRS, f"model.reference={path}", "run.dir=r")
+
+
+def test_a_reference_that_cannot_be_is_told_before_any_weights_are_loaded(run: Run, monkeypatch: Any) -> None:
+    path = other_model("other")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(path)
+    run("stage=reward", *PAIRS[1:], "run.dir=scorer", "train.steps=1")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(session, "build_network", never)
+    monkeypatch.setattr(session, "prepare_data", never)
+    wrong = {
+        "./nowhere": "model.reference=./nowhere does not exist",
+        path: "another vocabulary",
+        "scorer": "reward model",
+    }
+    for given, told in wrong.items():
+        with pytest.raises(ModelError, match=told):
+            run(*PAIRS, f"model.reference={given}", "run.dir=r")
+    with pytest.raises(ConfigError, match="has no reference"):
+        run("model.reference=embedded", "run.dir=r")
+
+
+def test_an_adapter_as_reference_is_its_base_with_it(run: Run) -> None:
+    """The margins at the start are minus those that the adapter's run ended with, from its base as reference."""
+    run(*PAIRS, "adapter=lora", "optim.lr=1e-2", "run.dir=a")
+    run(*PAIRS, "model.reference=a", "run.dir=b", "train.steps=1")
+    ended, began = (
+        dict(zip(ids, records["margin_sum"], strict=True))
+        for ids, _, records in (
+            read_records(Path(f"{name}.parquet")) for name in ("a/eval/step-000004", "b/eval/step-000000")
+        )
+    )
+    assert max(map(abs, ended.values())) > 0.1
+    assert {name: -value for name, value in began.items()} == pytest.approx(ended, abs=1e-4)
 
 
 def test_a_stage_without_a_reference_refuses_one(run: Run) -> None:

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import ModelError
 from posttrain.models.decoder import text_decoder
-from posttrain.models.reload import is_reward_model
+from posttrain.models.lineage import is_reward_model
 from posttrain.models.router import Routers
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,17 +21,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import ModelError
-from posttrain.models import embedded
+from posttrain.models.lineage import fold, is_reward_model, lineage, resolve_path
 from posttrain.models.reward import zero_score
 
 if TYPE_CHECKING:
     from posttrain.config import ModelConfig
-
-transformers_logging.disable_progress_bar()
-hub_logging.set_verbosity_error()  # each retry is a warning there; what came of them stands in our one error
 
 NOT_DECODERS = {
     "bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "bert-generation", "big_bird", "data2vec-text",
@@ -45,44 +40,19 @@ NOT_DECODERS = {
 more than tokens (byte patches, codebooks, another model's states)."""
 
 
-def resolve_path(path: str | None) -> str:
-    """A directory as it is, a run's directory as its model/, `embedded` as the package's own, anything else as a hub id
-    (checked for its form)."""
-    assert path is not None, "config/check.py names a model wherever none is given"
-    if path == "embedded":
-        return str(embedded.DIRECTORY)
-    directory = Path(path).expanduser()
-    if (directory / "summary.json").is_file() or (directory / "checkpoints").is_dir():
-        if not (directory / "model").is_dir():
-            raise ModelError(
-                f"the run {path} has no model/ yet: it is not finished. Give one of its checkpoints/step-…/model"
-            )
-        return str(directory / "model")
-    if directory.exists():
-        return str(directory)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/"):
-        parent = Path(path).expanduser().parent
-        siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        near = difflib.get_close_matches(Path(path).name, siblings, n=1)
-        hint = f"; did you mean {parent / near[0]}?" if near else ""
-        raise ModelError(f"model.path={path} does not exist{hint}")
-    return path
-
-
 def load_config(model: ModelConfig) -> PreTrainedConfig:
-    """The architecture, with `model.config.*`, rope_scaling and dropout applied; refuses what is no causal decoder."""
+    """The architecture, with `model.config.*`, rope_scaling and dropout applied; refuses what is no causal decoder.
+
+    An adapter's is that of the model below it.
+    """
     path = resolve_path(model.path)
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file() and not (Path(path) / "config.json").is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ModelError(
-            f"model.path={model.path} is an adapter, not a whole model; give its base and the adapter: "
-            f"model.path={base} adapter=lora adapter.path={model.path}, or fold it in with posttrain merge"
-        )
+    base, adapters = lineage(path)
     try:
-        config = AutoConfig.from_pretrained(path, **_source(model))
+        config = AutoConfig.from_pretrained(base, **_source(model))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_cannot_read(model, "config", error)) from error
+    if adapters and (beside := Path(path) / "posttrain.json").is_file():  # how a reward model pools
+        vars(config).update(json.loads(beside.read_text(encoding="utf-8")))
     _refuse_other_architectures(config, model)
     _override(config, dict(model.config or {}))
     if model.rope_scaling:
@@ -98,6 +68,8 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer, with `model.chat_template` (a file or the template itself) in place of its own."""
     path = resolve_path(model.tokenizer or model.path)
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        path = lineage(path)[0]  # others save adapters without it
     source = _source(model) if not model.tokenizer else {"trust_remote_code": model.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
@@ -124,10 +96,13 @@ def load_model(
 ) -> Any:
     """Weights in `dtype` on the CPU (or quantised), or random ones from the config for model.init=config.
 
-    scores: with a score layer (zero, if the weights have none) in place of the output layer: a reward model.
+    scores: with a score layer (zero, if the weights have none) in place of the output layer: a reward model. Where model.path
+    is an adapter, it is folded into the weights of its base.
     """
     if scores:
         _prepare_scores(config, model)
+    else:
+        _refuse_scores(model)
     attention: dict[str, Any] = (
         {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
     )
@@ -166,6 +141,11 @@ def _prepare_scores(config: PreTrainedConfig, model: ModelConfig) -> None:
         config.num_labels = 1
 
 
+def _refuse_scores(model: ModelConfig) -> None:
+    if is_reward_model(resolve_path(model.path)):
+        raise ModelError(f"model.path={model.path} is a reward model: it scores answers and writes none; give a policy")
+
+
 def _load_weights(
     model: ModelConfig,
     config: PreTrainedConfig,
@@ -175,10 +155,18 @@ def _load_weights(
     scores: bool,
 ) -> Any:
     path = resolve_path(model.path)
+    base, adapters = lineage(path)
+    if adapters and quantization:
+        raise ModelError(
+            f"model.path={model.path} is an adapter, which would have to be folded into 4-bit weights for adapter=qlora; fold "
+            "it in with posttrain merge and give the result, or go on training it: "
+            f"model.path={base} adapter=qlora adapter.path={path}"
+        )
     extra = {"quantization_config": quantization} if quantization else {}
+    exact = torch.float32 if adapters else dtype
     try:
         loaded: Any = _auto(scores).from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **attention, **extra, **_source(model)
+            base, config=config, dtype=exact, output_loading_info=True, **attention, **extra, **_source(model)
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(_cannot_read(model, "weights", error)) from error
@@ -200,6 +188,10 @@ def _load_weights(
         raise ModelError(f"the weights of {model.path} do not fit model.config: {', '.join(mismatched[:3])}")
     if model.gguf_file:
         _forget_quantization(network)
+    for adapter in adapters:
+        network = fold(network, adapter)
+    if adapters:
+        network.to(dtype).name_or_path = network.config._name_or_path = path  # the base of an adapter that comes on top
     return network
 
 
@@ -294,6 +286,12 @@ def position_limit(config: PreTrainedConfig) -> int | None:
 def _cannot_read(model: ModelConfig, what: str, error: Exception | str) -> str:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     path = resolve_path(model.path)
+    base, adapters = lineage(path)
+    if adapters:
+        return (
+            f"model.path={model.path} is an adapter, and the {what} of its base {base} cannot be read: {first_line}. Give both "
+            f"apart: model.path=BASE adapter=lora adapter.path={path}"
+        )
     if Path(path).is_dir():
         found = ", ".join(sorted(p.name for p in Path(path).iterdir())[:8]) or "nothing"
         return f"cannot read the {what} of model.path={model.path} (it holds: {found}): {first_line}"

@@ -11,27 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.errors import ModelError
-from posttrain.models.load import resolve_path
-
-
-def lineage(path: str) -> tuple[str, list[str]]:
-    """(base model, adapters from the innermost to this one); an adapter's base may itself be an adapter."""
-    adapters: list[str] = []
-    while (config := Path(path) / "adapter_config.json").is_file():
-        if path in adapters:
-            raise ModelError(f"{path} names itself as its base model")
-        adapters.insert(0, path)
-        path = resolve_path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    return path, adapters
-
-
-def is_reward_model(path: str) -> bool:
-    """Whether what was saved there has a score layer instead of an output layer."""
-    adapter, config = Path(path) / "adapter_config.json", Path(path) / "config.json"
-    if adapter.is_file():
-        return bool(json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS")
-    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
-    return any(name.endswith("ForSequenceClassification") for name in named or ())
+from posttrain.models.lineage import fold, is_reward_model, lineage, resolve_path
 
 
 def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False) -> tuple[Any, Any]:
@@ -48,11 +28,12 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
         where = "" if Path(found).exists() else "no such path here, and the hub gave: "
         raise ModelError(f"cannot load {path}: {where}{str(error).splitlines()[0]}") from error
     for number, adapter in enumerate(adapters):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
         if merge or number < len(adapters) - 1:
-            model = model.merge_and_unload(safe_merge=True)
+            model = fold(model, adapter)
+        else:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), tokenizer
 
 

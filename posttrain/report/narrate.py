@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
 from posttrain.evaluate import Evaluation, Sample
+from posttrain.models.lineage import folded
 from posttrain.models.reward import RewardModel
 from posttrain.report.console import interval, number
 
@@ -56,7 +57,10 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     layout = loader.packing.layout
     reference = cfg.model.reference or "the policy as it starts"
     return [
-        ("model", f"{cfg.model.path}: {module.network.config.model_type}, {total:,} parameters in {dtype}"),
+        (
+            "model",
+            f"{cfg.model.path}: {module.network.config.model_type}, {total:,} parameters in {dtype}{folded(cfg.model.path)}",
+        ),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {session.networks.adapter}"),
         *prepared.facts(layout),
         (

@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from posttrain.errors import ModelError
-from posttrain.models.load import resolve_path
-from posttrain.models.reload import is_reward_model, load_saved
+from posttrain.models.lineage import is_reward_model, resolve_path
+from posttrain.models.reload import load_saved
 
 
 def chat(argv: list[str]) -> None:

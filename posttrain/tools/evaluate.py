@@ -12,13 +12,13 @@ from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
 from posttrain.models.probe import check_rope, probe_positions, sliding_window
-from posttrain.reference import Reference
+from posttrain.reference import Reference, check
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
 from posttrain.runtime import Runtime
-from posttrain.session import check_fits, open_directory, open_network, prepare_data, stop_ids
+from posttrain.session import check_attention, check_fits, open_directory, open_network, prepare_data, stop_ids
 from posttrain.summary import Summary
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def evaluate(cfg: Config) -> Summary:
 
 def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime) -> Summary:
     console = Console(runtime.is_main)
+    check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
+    _check_reference(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not len(prepared.eval):
         raise DataError(
@@ -51,12 +53,7 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
     _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
     prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     if cfg.stage.needs_reference(False) != "never":
-        if cfg.model.reference is None:
-            raise ConfigError(
-                f"posttrain eval stage={cfg.stage_name} measures how far a model has come from a reference; set "
-                "model.reference to the model it was trained from"
-            )
-        reference = Reference(cfg, runtime, packing, tokenizer, {}, prepared.eval.groups(probed))
+        reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed))
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
@@ -73,6 +70,15 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
         console.table(title, ["", "value", "method"], rows)
         console.line(f"\nwritten to {run.path}")
     return summary
+
+
+def _check_reference(cfg: Config, tokenizer: Any) -> None:
+    if cfg.stage.needs_reference(False) != "never" and cfg.model.reference is None:
+        raise ConfigError(
+            f"posttrain eval stage={cfg.stage_name} measures how far a model has come from a reference; set "
+            "model.reference to the model it was trained from"
+        )
+    check(cfg, tokenizer)
 
 
 def _write(cfg: Config, run: RunDir, config: dict[str, Any], found: Evaluation, summary: Summary) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
-from posttrain.models.load import resolve_path
-from posttrain.models.reload import lineage, load_saved
+from posttrain.models.lineage import lineage, resolve_path
+from posttrain.models.reload import load_saved
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Largest difference of a logit between adapter and merged weights that rounding explains."""

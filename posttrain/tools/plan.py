@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from posttrain import reference
 from posttrain.layout import beyond_budget, packing_of
 from posttrain.models.adapters import add_adapter
+from posttrain.models.lineage import folded
 from posttrain.models.load import load_config, load_shape, load_tokenizer
 from posttrain.optim import warmup_steps
 from posttrain.report.console import Console
 from posttrain.runtime import Runtime
-from posttrain.session import check_positions, count_steps, open_loader, prepare_data
+from posttrain.session import check_attention, check_positions, count_steps, open_loader, prepare_data
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -23,7 +25,9 @@ GIB = 2**30
 def plan(cfg: Config) -> None:
     """Data counts, tokens, steps and the memory of weights, gradients and optimizer."""
     console, runtime = Console(), Runtime(cfg.precision.name, cfg.distribution.name)
+    check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
+    reference.check(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type, prepared)
     prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
@@ -35,7 +39,7 @@ def plan(cfg: Config) -> None:
     epochs = 0 if prepared.stream else (draws or steps * (cfg.batch.size or 0)) / len(prepared.train)
     rows = [
         ("stage", cfg.stage_name),
-        ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters"),
+        ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters{folded(cfg.model.path)}"),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {described}"),
         *prepared.facts(packing.layout),
         ("steps", f"{steps:,}" + (f" ({epochs:.2g} epochs)" if epochs else "") + f", {packing.layout}"),

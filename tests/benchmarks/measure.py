@@ -64,8 +64,9 @@ def posttrain_steps(options: Any, rows: Rows, overrides: list[str]) -> Found:
     with timing() as timers:
         run([*common, *overrides])
     lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
-    lines = [line["metrics"] for line in lines if line["split"] == "train"]
+    lines = [line for line in lines if line["split"] == "train"]
     seconds = lines[-1]["time_s"] - lines[0]["time_s"]
+    lines = [line["metrics"] for line in lines]
     return {
         "losses": [line["loss"] for line in lines],
         "trained_tokens_per_second": (lines[-1]["trained_tokens"] - lines[0]["trained_tokens"]) / seconds,

@@ -41,9 +41,9 @@ def ours(options: Any, *overrides: str) -> Found:
         "run.dir=r", f"data.train_limit={BATCH * options.steps}", *overrides,
     ])  # fmt: skip
     lines = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
-    lines = [line["metrics"] for line in lines if line["split"] == "train"]
-    seconds = (lines[-1]["tokens"] - lines[0]["tokens"]) / lines[-1]["tokens_per_second"]
-    return {"losses": [line["loss"] for line in lines], "per_second": BATCH * (options.steps - 1) / seconds}
+    lines = [line for line in lines if line["split"] == "train"]
+    seconds = lines[-1]["time_s"] - lines[0]["time_s"]
+    return {"losses": [line["metrics"]["loss"] for line in lines], "per_second": BATCH * (options.steps - 1) / seconds}
 
 
 def chats(options: Any) -> list[Found]:

@@ -1,5 +1,7 @@
 """All layouts give the same numbers: K responses behind one prompt, side by side, in one row or in rows of their own."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from families import FAMILIES, network
@@ -7,7 +9,7 @@ from families import FAMILIES, network
 from posttrain.data.batches import collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
-from posttrain.models.decoder import shared_mask
+from posttrain.models.decoder import attention_of, shared_mask
 from posttrain.models.policy import Policy
 from posttrain.models.probe import check_forward
 from posttrain.models.reward import RewardModel
@@ -69,6 +71,52 @@ def test_log_probs_and_gradients_agree(family: str, attention: str) -> None:
         torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-4)
         for name, grad in found[1].items():
             torch.testing.assert_close(grad, wanted[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """The library compiles flex attention; its plain form gives the same numbers without a compiler."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def test_the_block_mask_is_the_other_masks() -> None:
+    made = groups()
+    for batch in (collate(made, [[i] for i in range(len(made))], "shared"), collate(made, [[0, 1], [2]], "shared")):
+        expected = shared_mask(batch, "sdpa")[:, 0]
+        visible = shared_mask(batch, "flex_attention").mask_mod
+        row, query, key = torch.meshgrid(*(torch.arange(n) for n in expected.shape), indexing="ij")
+        found = visible(row, torch.tensor(0), query, key)
+        assert torch.equal(found & (batch.segments >= 0)[:, :, None], expected & (batch.segments >= 0)[:, :, None])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_flex_attention_gives_the_log_probs_of_sdpa(uncompiled: None, family: str) -> None:
+    made = groups()
+    sdpa, flex = Policy(network(family, "sdpa")), Policy(network(family, "flex_attention"))
+    assert attention_of(flex.network) == "flex_attention"
+    with torch.no_grad():
+        wanted = sdpa(next(batches(made))).logprobs
+        for batch in batches(made):
+            torch.testing.assert_close(flex(batch).logprobs, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_gives_the_log_probs_and_gradients_of_sdpa_on_a_gpu() -> None:
+    """Compiled, and with its backward pass, which there is on a GPU alone."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    made, found = groups(), {}
+    for attention in ("sdpa", "flex_attention"):
+        policy = Policy(network("llama", attention, head_dim=16)).cuda()
+        logprobs = policy(collate(made, [[0, 1], [2]], "shared").to("cuda")).logprobs
+        logprobs.sum().backward()
+        found[attention] = (logprobs.detach(), policy.backbone.layers[0].self_attn.q_proj.weight.grad)
+    for ours, expected in zip(found["flex_attention"], found["sdpa"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "special"])
