@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-from posttrain.models.load import position_limit
 from posttrain.models.policy import Policy
+from posttrain.models.rope import position_limit
 
 
 @dataclass(frozen=True)

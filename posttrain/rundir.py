@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from posttrain.checkpoint import complete, is_complete, step_of
 from posttrain.claim import LOCK, Claim
 from posttrain.disk import check_writable, write_json, write_text, writing
+from posttrain.environment import environment
 from posttrain.errors import CheckpointError, ConfigError
 
 RECORD = "config.json"
 """The whole config as plain values, and the verb: what a continuation is compared with."""
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
 LEFTOVERS = ("metrics.jsonl", "samples.jsonl", "wandb_id.txt", "eval/step-*.parquet", "eval/step-*.tmp")
 LEFTOVER_FOLDERS = ("checkpoints/.step-*", "tensorboard", "wandb/*run-*")
 RECORDED = {
@@ -151,20 +144,6 @@ def create(
         (run.path / "summary.json").unlink(missing_ok=True)  # train.resume=PATH takes a finished run up again
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git commit and hardware."""
-    return {
-        "posttrain": version("posttrain"),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": sys.argv,
-    }
-
-
 def _recorded(path: Path) -> dict[str, Any]:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -240,19 +219,3 @@ def _chosen_checkpoint(path: Path) -> Path:
             f"train.resume={path} holds no complete checkpoint; give a run or one of its checkpoints/step-…"
         )
     return found[-1]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the folder the user works in, if it is one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -23,9 +23,10 @@ from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.layout import beyond_budget, packing_of, probe_layout
-from posttrain.models.load import load_config, load_tokenizer, position_limit
+from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Head, Networks, build_network
-from posttrain.models.probe import check_rope, probe_positions, sliding_window
+from posttrain.models.probe import probe_positions, sliding_window
+from posttrain.models.rope import check_rope, position_limit
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
 from posttrain.resume import loading, restore, resumed

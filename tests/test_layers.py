@@ -25,6 +25,7 @@ STOREYS = [
         "allocator",
         "checkpoint",
         "claim",
+        "environment",
         "resume",
         "rundir",
         "report",

@@ -11,7 +11,8 @@ from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
-from posttrain.models.probe import check_rope, probe_positions, sliding_window
+from posttrain.models.probe import probe_positions, sliding_window
+from posttrain.models.rope import check_rope
 from posttrain.reference import Reference, check
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
