@@ -128,7 +128,7 @@ def _tokenize(
     for source in sources:
         before, room = numbers(worker.counts), {"train": train, "eval": held_out}[source.side]
         room.limit = shares[source.number]
-        for batch in _batches(_token_groups(source, data, worker, stage, notes)):
+        for batch in _batches(_token_groups(source, data, worker, stage, notes, seed)):
             is_eval = split([group.cluster for group in batch], fraction, seed)
             if source.side == "eval":
                 held_out.write(batch)
@@ -163,7 +163,7 @@ def _shares(sources: list[Source], limits: dict[str, int | None]) -> list[int | 
 
 
 def _token_groups(
-    source: Source, data: DataConfig, worker: Tokenizer, stage: Stage, notes: Counter[str]
+    source: Source, data: DataConfig, worker: Tokenizer, stage: Stage, notes: Counter[str], seed: int
 ) -> Iterator[TokenGroup]:
     if source.detected is None:
         stream = worker.stream(text_blocks(source.name), source.name)
@@ -171,7 +171,7 @@ def _token_groups(
         refuse = refuser(data.on_bad_row, source.report)
         rows = ((source.name, number, row) for number, row in rows_of(source, data, refuse))
         groups = to_groups(rows, source.detected, data.on_bad_row, source.report)
-        stream = worker.groups(stage.groups(groups, notes))
+        stream = worker.groups(stage.groups(groups, notes, seed))
     for group in stream:
         group.source = source.number
         yield group

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +55,8 @@ class Policy(Decoder):
         router: bool = False,
     ) -> Scores:
         """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once."""
-        watched: Any = self.routers.watch() if router else nullcontext([])
-        with watched as seen:
-            hidden = self.hidden(batch).flatten(0, 1)[batch.predict]  # [N, H]
+        states, balance = self.states(batch, router)
+        hidden = states.flatten(0, 1)[batch.predict]  # [N, H]
         if weights is not None:
             if not batch.weight:
                 weights = torch.zeros_like(weights)
@@ -69,8 +67,7 @@ class Policy(Decoder):
             scores = Scores(found.logprob, statistics=found)
         else:
             scores = Scores(token_logprobs(hidden, self.head, batch.targets, self.transform))
-        if seen:
-            scores.router = self.routers.balance(seen, batch, text_config(self.network))
+        scores.router = balance
         return scores
 
 

@@ -120,7 +120,7 @@ def _scores(policy: RewardModel, groups: list[TokenGroup], device: torch.device,
             own = torch.cat([policy.model(input_ids=row, use_cache=False).logits for row in rows]).squeeze(-1).float()
     finally:
         config.pad_token_id = pad
-    ours = torch.cat([policy(collate([one], [[0]], "padded").to(device)) for one in ones])
+    ours = torch.cat([policy(collate([one], [[0]], "padded").to(device)).rewards for one in ones])
     return _difference(ours, own, exact)
 
 

@@ -81,7 +81,7 @@ class RowReader:
         groups = to_groups(
             _known_columns(rows, source.detected, on_bad_row, tally.report), source.detected, on_bad_row, tally.report
         )
-        self.groups = iter(reading.stage.groups(groups, tally.notes))
+        self.groups = iter(reading.stage.groups(groups, tally.notes, reading.seed))
 
     def mark(self) -> Mark:
         """Where the next batch begins."""
