@@ -8,6 +8,7 @@ every rank watches from a thread.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -17,6 +18,9 @@ from itertools import count
 import torch.distributed as dist
 
 POLL_S = 0.5
+CONNECT_S = 10.0
+"""Time to find the store again where a look into it failed: a network may falter."""
+
 GRACE_S = 8.0
 """What a rank that hears of another's failure gets to end by itself, before it is ended."""
 
@@ -30,12 +34,9 @@ class Alarm:
         self.rank, self.world = rank, world
         self.stopped = threading.Event()
         # a launcher that restarts the ranks keeps its store, and a process may hold several runs, one after another
-        prefix = f"posttrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
-        # a connection of its own, for the group's is held while it waits; it outlives the group
+        self.prefix = f"posttrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
         self.hosted = dist.distributed_c10d._get_default_store()  # on rank 0 perhaps the server itself
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, timeout=timedelta(seconds=30), wait_for_workers=False)
-        self.store = dist.PrefixStore(prefix, store)
+        self.store = self._connect(30.0)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def ring(self, message: str) -> tuple[int, str] | None:
@@ -64,15 +65,36 @@ class Alarm:
         """The run is over: whatever happens to the other ranks from here on is no longer this one's."""
         self.stopped.set()
 
+    def _connect(self, timeout_s: float) -> dist.Store:
+        """A connection of its own, for the group's is held while it waits; it outlives the group."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return dist.PrefixStore(self.prefix, store)
+
     def _listen(self) -> None:
+        lost = None
         while not self.stopped.wait(POLL_S):
             try:
-                heard = self.store.check(["first"])
-            except Exception:  # the store is gone, and with it rank 0 or the launcher
-                heard = True
-            if heard:
-                break
+                if self.store.check(["first"]):
+                    break
+            except Exception as error:  # a network that falters, or a store that went with rank 0 or the launcher
+                lost = self._look_again(error)
+                if lost:
+                    break
         if not self.stopped.wait(GRACE_S):
+            if lost:
+                print(lost, file=sys.stderr, flush=True)
             with suppress(Exception):
                 self.store.add("heard", 1)
             os._exit(1)
+
+    def _look_again(self, error: Exception) -> str | None:
+        """Connect anew and go on listening; where that fails too, why this rank is to end."""
+        with suppress(Exception):
+            self.store = self._connect(CONNECT_S)
+            return None
+        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines() or [""]
+        return (
+            f"posttrain: rank {self.rank} ends: the launch's store at {place} is gone ({reason[0]}), and with it rank 0 or the "
+            "launcher"
+        )

@@ -10,7 +10,8 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,27 +82,54 @@ def save(
     return final
 
 
+@contextmanager
+def reading(checkpoint: Path, part: str) -> Iterator[None]:
+    """Whatever is wrong with a file of a checkpoint becomes a CheckpointError that says what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        pickle.UnpicklingError
+    ) as error:  # torch's own words say how to load it all the same, which would run its code
+        reason = "it is damaged, or holds more than tensors and plain values"
+        raise CheckpointError(f"{checkpoint / part} cannot be read: {reason}; {way_out(checkpoint)}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = (str(error).splitlines() or ["it is cut short"])[0]
+        raise CheckpointError(f"{checkpoint / part} cannot be read: {reason}; {way_out(checkpoint)}") from error
+
+
+def way_out(checkpoint: Path) -> str:
+    """What to do where a checkpoint is damaged."""
+    others = [path.name for path in complete(checkpoint.parent) if path != checkpoint]
+    if not others:
+        return f"delete {checkpoint}: it is the only checkpoint there, so the run then starts over"
+    listed = f"{', '.join(others[-5:])}{'' if len(others) <= 5 else f' and {len(others) - 5:,} older ones'}"
+    return f"delete {checkpoint}, and the same command goes on from {others[-1]} (there are {listed})"
+
+
 def load_state(checkpoint: Path) -> TrainState:
     """state.json of a complete checkpoint."""
-    try:
+    with reading(checkpoint, "state.json"):
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {error}") from error
+
+
+def _load(checkpoint: Path, part: str) -> Any:
+    """Tensors and plain values; a file that would run code as it is read is refused."""
+    return torch.load(checkpoint / part, map_location="cpu", weights_only=True)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Moments and steps back into the optimizer; CheckpointError if they belong to another model."""
-    try:
-        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or ["it is cut short"])[0]
-        raise CheckpointError(f"{checkpoint / 'optimizer.pt'} cannot be read: {reason}; delete {checkpoint}") from error
-    shapes = [len(group["params"]) for group in saved["param_groups"]]
+    with reading(checkpoint, "optimizer.pt"):
+        saved = _load(checkpoint, "optimizer.pt")
+        shapes = [len(group["params"]) for group in saved["param_groups"]]
+        moments_of = dict(saved["state"])
     here = [len(group["params"]) for group in optimizer.param_groups]
     if shapes != here:
         raise CheckpointError(f"{checkpoint} was saved from another model: {shapes} trained tensors there, {here} here")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, moments in saved["state"].items():
+    for index, moments in moments_of.items():
         shape, there = tuple(parameters[index].shape), moments.get("exp_avg")
         if there is not None and tuple(there.shape) != shape:
             raise CheckpointError(
@@ -112,8 +140,9 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def load_rng(checkpoint: Path, rank: int) -> dict[str, Any] | None:
     """This rank's random state; None where the checkpoint was made by fewer ranks."""
-    states = torch.load(checkpoint / "rng.pt", map_location="cpu", weights_only=False)
-    return states[rank] if rank < len(states) else None
+    with reading(checkpoint, "rng.pt"):
+        states: list[dict[str, Any]] = list(_load(checkpoint, "rng.pt"))
+        return states[rank] if rank < len(states) else None
 
 
 def rotate(root: Path, keep: int, best_step: int | None) -> None:

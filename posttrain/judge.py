@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.tokens import TokenGroup
+from posttrain.errors import ConfigError
+from posttrain.reward_model import RewardModelJudge
 from posttrain.rewards import Reward, open_reward
 from posttrain.rollout import Generation
 
 if TYPE_CHECKING:
     from posttrain.config import Config
+    from posttrain.runtime import Runtime
 
 
 @dataclass
@@ -57,8 +60,16 @@ class Judge:
         return found
 
 
-def open_judge(cfg: Config, tokenizer: Any) -> Judge:
+def open_judge(cfg: Config, runtime: Runtime, tokenizer: Any) -> Judge:
     """stage.rewards, each opened; ConfigError for one that cannot be."""
     stage: Any = cfg.stage
-    rewards = {spec: open_reward(spec, stage.reward_seconds) for spec in stage.rewards}
+    if ("model" in stage.rewards) != (cfg.model.reward is not None):
+        raise ConfigError(
+            f"stage.rewards=[{', '.join(stage.rewards)}] and model.reward={cfg.model.reward}: a reward model needs both, "
+            "stage.rewards=[model] and model.reward=PATH"
+        )
+    rewards: dict[str, Reward] = {
+        spec: RewardModelJudge(cfg, runtime) if spec == "model" else open_reward(spec, stage.reward_seconds)
+        for spec in stage.rewards
+    }
     return Judge(rewards, list(stage.reward_weights or [1.0] * len(rewards)), tokenizer)

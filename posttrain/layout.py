@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from posttrain.data.packing import Packing, row_cost
 from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import TokenGroup
@@ -44,6 +46,23 @@ def _cheapest(cfg: Config, prepared: Prepared) -> str:
     size = int(load_config(cfg.model).get_text_config(decoder=True).hidden_size)
     shared = row_cost(data.widths("shared"), data.heights("shared"), size)
     return "shared" if shared < SHARED_GAIN * row_cost(data.longest, data.counts, size) else "padded"
+
+
+def beyond_budget(prepared: Prepared, packing: Packing, max_length: int) -> list[str]:
+    """A line for a plan where examples alone take more tokens than one forward should."""
+    if packing.micro_size:
+        return []
+    budget, layout = f"batch.micro_tokens={packing.micro_tokens:,}", packing.layout
+    alone = "a forward is then one row as long as that" if layout == "packed" else "each has a forward of its own"
+    if prepared.stream:
+        if max_length <= packing.micro_tokens:
+            return []
+        return [f"examples of more tokens than {budget} may come, for data.max_length={max_length:,}: {alone}"]
+    sizes = np.concatenate([data.widths(layout) * data.heights(layout) for data in (prepared.train, prepared.eval)])
+    beyond = sizes[sizes > packing.micro_tokens]
+    if not len(beyond):
+        return []
+    return [f"{len(beyond):,} examples have more tokens than {budget} (the longest {int(beyond.max()):,}): {alone}"]
 
 
 def probe_layout(

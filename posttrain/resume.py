@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from posttrain.checkpoint import TrainState, load_optimizer, load_rng, load_state
-from posttrain.errors import CheckpointError
+from posttrain.checkpoint import TrainState, load_optimizer, load_rng, load_state, reading, way_out
+from posttrain.errors import CheckpointError, ModelError
 from posttrain.models.load import load_config
 from posttrain.rundir import RECORD, RunDir
 from posttrain.runtime import Runtime, seed_everything, set_rng_state
@@ -53,6 +55,17 @@ def resumed(cfg: Config, run: RunDir) -> tuple[ModelConfig, AdapterConfig]:
     return model, cfg.adapter
 
 
+@contextmanager
+def loading(run: RunDir) -> Iterator[None]:
+    """A ModelError about the checkpoint's own model says what to do about it."""
+    try:
+        yield
+    except ModelError as error:
+        if run.checkpoint is None or str(run.checkpoint) not in str(error):
+            raise
+        raise CheckpointError(f"{error}. If it is damaged, {way_out(run.checkpoint)}") from error
+
+
 def restore(run: RunDir, optimizer: torch.optim.Optimizer, runtime: Runtime, seed: int) -> TrainState:
     """Optimizer, random states and counters of the checkpoint; a fresh state where there is none."""
     seed_everything(seed, runtime.rank)
@@ -61,7 +74,8 @@ def restore(run: RunDir, optimizer: torch.optim.Optimizer, runtime: Runtime, see
     load_optimizer(run.checkpoint, optimizer)
     rng = load_rng(run.checkpoint, runtime.rank)
     if rng is not None:
-        set_rng_state(rng)
+        with reading(run.checkpoint, "rng.pt"):
+            set_rng_state(rng)
     return load_state(run.checkpoint)
 
 
@@ -80,7 +94,9 @@ def _check_adapter(cfg: Config, saved: Path) -> None:
     if record.is_file():
         made = json.loads(record.read_text(encoding="utf-8")).get("adapter", {})
     else:
-        made = {"rank": json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")).get("r", asked["rank"])}
+        with reading(saved.parent, "model/adapter_config.json"):
+            config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+            made = {"rank": config.get("r", asked["rank"])}
     told = [f"adapter.{name} {made[name]} there, {v} now" for name, v in asked.items() if made.get(name, v) != v]
     if told:
         raise CheckpointError(f"{saved.parent} holds another adapter: {'; '.join(told)}")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from posttrain.models.load import position_limit
 from posttrain.models.policy import Policy
+from posttrain.models.rope import position_limit
 
 LEAVE = 0.75
 """Rows leave the batch once at most this share of it is still being written: each time copies the others' cache."""

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from posttrain.checkpoint import complete, is_complete, step_of
+from posttrain.claim import LOCK, Claim
 from posttrain.disk import check_writable, write_json, write_text, writing
+from posttrain.environment import environment
 from posttrain.errors import CheckpointError, ConfigError
 
 RECORD = "config.json"
 """The whole config as plain values, and the verb: what a continuation is compared with."""
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
 LEFTOVERS = ("metrics.jsonl", "samples.jsonl", "wandb_id.txt", "eval/step-*.parquet", "eval/step-*.tmp")
 LEFTOVER_FOLDERS = ("checkpoints/.step-*", "tensorboard", "wandb/*run-*")
 RECORDED = {
@@ -77,7 +71,7 @@ class RunDir:
 
 
 def default_name(stage: str) -> str:
-    """sft-20261121-101500: runs without a name never collide with older ones, short of the same second."""
+    """sft-20261121-101500; of two runs in the same second the later one gets -2."""
     return f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -94,20 +88,22 @@ def check_data(run: RunDir, fingerprint: str) -> None:
         )
 
 
-def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
-    """Decide where the run goes and whether it continues; on rank 0 only, the others are told.
+def open_run(config: dict[str, Any], stage: str, claim: Claim, verb: str = "train") -> RunDir:
+    """Decide where the run goes and whether it continues; on rank 0 only, the others are told. `claim` then holds it.
 
     train.resume=auto: the same config continues its newest complete checkpoint, another config is refused, no checkpoint
     starts over, a finished run is said to be finished. never: the directory must hold no run. PATH: that checkpoint.
     A start that failed before it had logged or saved a step is no run: any config may take its place.
     """
     run, resume = config["run"], str(config["train"]["resume"])
-    path = (
-        Path(run["dir"]).expanduser()
-        if run["dir"]
-        else Path(run["root"]).expanduser() / (run["name"] or default_name(stage))
-    )
+    root = Path(run["root"]).expanduser()
+    path = Path(run["dir"]).expanduser() if run["dir"] else root / (run["name"] or default_name(stage))
     check_writable(path)
+    if run["dir"] or run["name"]:
+        _check_ours(path)  # before anything is put there
+    else:
+        path = claim.make(path)
+    claim.take(path)
     failed_start = False
     if (path / RECORD).is_file():
         then = _recorded(path / RECORD)
@@ -118,8 +114,6 @@ def open_run(config: dict[str, Any], stage: str, verb: str = "train") -> RunDir:
             )
         if not failed_start:
             _check_same(path, then, {**config, "verb": verb})
-    elif path.is_dir() and any(entry.name != f".{RECORD}.tmp" for entry in path.iterdir()):
-        raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
     found = complete(path / "checkpoints")
     if resume not in ("auto", "never"):
         chosen = _chosen_checkpoint(Path(resume).expanduser())
@@ -150,20 +144,6 @@ def create(
         (run.path / "summary.json").unlink(missing_ok=True)  # train.resume=PATH takes a finished run up again
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git commit and hardware."""
-    return {
-        "posttrain": version("posttrain"),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": sys.argv,
-    }
-
-
 def _recorded(path: Path) -> dict[str, Any]:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -174,6 +154,14 @@ def _recorded(path: Path) -> dict[str, Any]:
     if not isinstance(recorded, dict) or not recorded.keys() >= RECORDED or "name" not in (recorded["stage"] or ()):
         raise ConfigError(f"run.dir={path.parent} holds a {RECORD} that is no run's of posttrain; give another run.dir")
     return {"verb": "train", **recorded}
+
+
+def _check_ours(path: Path) -> None:
+    """A directory that is there must be empty, or a run's."""
+    if (path / RECORD).is_file():
+        _recorded(path / RECORD)
+    elif path.is_dir() and any(entry.name not in (LOCK, f".{RECORD}.tmp") for entry in path.iterdir()):
+        raise ConfigError(f"run.dir={path} is not empty and holds no run of posttrain; give another run.dir")
 
 
 def _began(path: Path) -> bool:
@@ -231,19 +219,3 @@ def _chosen_checkpoint(path: Path) -> Path:
             f"train.resume={path} holds no complete checkpoint; give a run or one of its checkpoints/step-…"
         )
     return found[-1]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the folder the user works in, if it is one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

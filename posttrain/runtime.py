@@ -28,10 +28,13 @@ COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Runtime:
-    """One per process. `precision` and `distribution` are the names of those config groups."""
+    """One per process. `precision` and `distribution` are the names of those config groups.
 
-    def __init__(self, precision: str, distribution: str) -> None:
-        _check_launcher(precision, distribution)
+    computes: False where only data is read, so that what precision the launcher or the environment names plays no part.
+    """
+
+    def __init__(self, precision: str, distribution: str, computes: bool = True) -> None:
+        _check_launcher(precision if computes else None, distribution)
         transformers_logging.set_verbosity_error()  # what matters of its warnings is checked, and said by us
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         handlers = [
@@ -172,7 +175,9 @@ def seed_everything(seed: int, rank: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """Everything random in this process, for a checkpoint."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    numpy = (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest)  # tensors and plain values: safe to load
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -181,16 +186,17 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Back to where `rng_state` was called."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _check_launcher(precision: str, distribution: str) -> None:
+def _check_launcher(precision: str | None, distribution: str) -> None:
     """What the launcher or the environment says must not contradict the config."""
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if said not in ("no", MIXED[precision]):
+    if precision is not None and said not in ("no", MIXED[precision]):
         raise ConfigError(
             f"precision={precision}, but the launcher or environment says ACCELERATE_MIXED_PRECISION={said}; "
             f"unset it (or its accelerate config), or set precision={said}"

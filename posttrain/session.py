@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 
 from posttrain import frozen, reference, rundir
 from posttrain.checkpoint import TrainState
+from posttrain.claim import Claim
 from posttrain.data.loader import Loader, Order
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
@@ -21,13 +23,14 @@ from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.judge import open_judge
-from posttrain.layout import packing_of, probe_layout
-from posttrain.models.load import load_config, load_tokenizer, position_limit
+from posttrain.layout import beyond_budget, packing_of, probe_layout
+from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Head, Networks, build_network
-from posttrain.models.probe import check_rope, probe_positions, sliding_window
+from posttrain.models.probe import probe_positions, sliding_window
+from posttrain.models.rope import check_rope, position_limit
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
-from posttrain.resume import restore, resumed
+from posttrain.resume import loading, restore, resumed
 from posttrain.rundir import RunDir
 from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
 from posttrain.stages.base import Supply
@@ -95,10 +98,11 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     if cfg.train.patience is not None and not len(prepared.eval):
         raise ConfigError(f"train.patience={cfg.train.patience} needs scores, but no evaluation example was held out")
     seed_everything(cfg.train.seed, 0)
-    model, adapter = resumed(cfg, run)
-    policy, described = open_network(
-        cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends), cfg.stage.needs_critic
-    )
+    with loading(run):
+        model, adapter = resumed(cfg, run)
+        policy, described = open_network(
+            cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends), cfg.stage.needs_critic
+        )
     check_fits(cfg, policy, tokenizer)
     lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
     check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
@@ -106,6 +110,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
     probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
+    prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
@@ -142,7 +147,7 @@ def open_supply(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     supply = Supply(loader, draws, runtime, loader.packing, ends, pad, cfg.train.seed, state=state.stream)
     if cfg.stage.answer_tokens:
-        supply.judge = open_judge(cfg, tokenizer)
+        supply.judge = open_judge(cfg, runtime, tokenizer)
         supply.reference = frozen.open_frozen(cfg, runtime, start) if getattr(cfg.stage, "beta", 0) else None
     return supply
 
@@ -175,17 +180,24 @@ def open_loader(
 
 
 def count_steps(cfg: Config, loader: Loader | StreamLoader) -> tuple[int, int | None]:
-    """Optimizer steps, and how many examples are drawn where epochs count."""
+    """Optimizer steps, and how many examples are drawn where epochs count; refuses a run that would train nothing."""
     if cfg.train.steps:
         return cfg.train.steps, None
-    if cfg.stage.answer_tokens:
-        assert isinstance(loader, Loader)
-        assert cfg.train.epochs
-        return max(1, round(cfg.train.epochs * len(loader.data) / cfg.batch.size)) * cfg.stage.updates, None  # type: ignore[operator]
-    epochs = cfg.train.epochs
+    epochs, warmup = cfg.train.epochs, cfg.schedule.warmup_steps
     assert epochs is not None, "the config gives steps or epochs"
     assert isinstance(loader, Loader), "a stream is counted in steps"
-    return loader.count_steps(epochs), round(epochs * len(loader.data))
+    steps, examples = loader.count_steps(epochs), len(loader.data)
+    if not steps:
+        raise ConfigError(
+            f"train.epochs={epochs:g} of {examples:,} training examples is less than one, so the run would have no step; "
+            "try train.epochs=1, or train.steps=1"
+        )
+    if warmup is not None and warmup >= steps * cfg.stage.updates:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} leaves nothing of the {steps:,} steps in train.epochs={epochs:g}; "
+            f"try {steps // 10}"
+        )
+    return steps * cfg.stage.updates, round(epochs * examples)
 
 
 def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:
@@ -231,9 +243,14 @@ def _first(prepared: Prepared) -> list[Any]:
     return data.groups(range(min(64, len(data))))
 
 
-def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: str = "train") -> RunDir:
-    """The run directory, chosen on rank 0; errors reach every rank."""
-    return on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name, verb))
+@contextmanager
+def open_directory(cfg: Config, config: dict[str, Any], runtime: Runtime, verb: str = "train") -> Iterator[RunDir]:
+    """The run directory, chosen on rank 0 and this run's alone within the block; errors reach every rank."""
+    claim = Claim()
+    try:
+        yield on_main(runtime, lambda: rundir.open_run(config, cfg.stage_name, claim, verb))
+    finally:
+        claim.release()
 
 
 def open_network(

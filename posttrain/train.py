@@ -36,9 +36,8 @@ def train(cfg: Config) -> Summary:
     """The whole run of a config: returns its Summary, written to summary.json too."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
     console = Console(runtime.is_main)
-    with runtime.together():
-        config = cfg.as_dict()
-        run = open_directory(cfg, config, runtime)
+    config = cfg.as_dict()
+    with runtime.together(), open_directory(cfg, config, runtime) as run:
         if run.finished:
             summary = Summary(**json.loads((run.path / "summary.json").read_text(encoding="utf-8")))
             console.line(f"{run.path} is already finished ({summary.steps} steps); nothing to do")

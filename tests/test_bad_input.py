@@ -69,6 +69,12 @@ SETTINGS = [
     (["batch.tokens=100"], ["batch.size=8 and batch.tokens=100 are both given"]),
     (["batch.micro_size=2", "batch.micro_tokens=64"], ["batch.micro_tokens=64 and batch.micro_size=2 are both given"]),
     (["train.epochs=1"], ["train.steps=4 and train.epochs=1 are both given"]),
+    (
+        ["train.steps=", "train.epochs=0.001"],
+        ["train.epochs=0.001 of 200 training examples is less than one", "train.steps=1"],
+    ),
+    (["train.steps=", "train.epochs=1", "schedule.warmup_steps=25"], ["leaves nothing of the 25 steps", "try 2"]),
+    (["train.steps=1", "schedule.warmup_steps=1"], ["leaves nothing of train.steps=1; try 0"]),
     (["data.max_length=128"], ["data.max_length=128, but the model's positions end at 64"]),
     (["model.rope_scaling={type: dynamic, factor: 4}", "data.max_length=300"], ["the model's positions end at 256"]),
     (["data.train="], ["model.path=embedded is given without data"]),
@@ -76,10 +82,20 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), SETTINGS, ids=[s[0][0] for s in SETTINGS])
+@pytest.mark.parametrize(("overrides", "words"), SETTINGS, ids=[" ".join(s[0]) for s in SETTINGS])
 def test_a_setting(capfd: pytest.CaptureFixture[str], overrides: list[str], words: list[str]) -> None:
     said = tell(capfd, *overrides)
     assert all(word in said for word in words), said
+
+
+def test_a_precision_that_the_environment_contradicts(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert "precision=fp32, but the launcher or environment says ACCELERATE_MIXED_PRECISION=fp16" in tell(capfd)
+    for verb in ("inspect", "prepare"):  # these compute nothing
+        assert main([verb, *small_arguments()]) == 0
+    assert capfd.readouterr().err == ""
 
 
 ROWS = [

@@ -66,7 +66,7 @@ STAGES = {
         "stage.whiten=true",
         "data.train=embedded:prompts:100",
         "data.eval=embedded:prompts:40:held_out",
-    ],  # fmt: skip
+    ],
     "dpo lora": [
         *STEPS,
         "stage=dpo",

@@ -67,9 +67,7 @@ def _check_model_and_data(config: Config, verb: str) -> None:
 def _check_schedule(config: Config) -> None:
     warmup, steps = config.schedule.warmup_steps, config.train.steps
     if warmup is not None and steps is not None and warmup >= steps:
-        raise ConfigError(
-            f"schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}; try {max(1, steps // 10)}"
-        )
+        raise ConfigError(f"schedule.warmup_steps={warmup} leaves nothing of train.steps={steps}; try {steps // 10}")
 
 
 def _check_streaming(config: Config, verb: str) -> None:

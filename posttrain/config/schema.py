@@ -34,6 +34,7 @@ class ModelConfig:
     dropout: Literal["none", "keep"]
     chat_template: str | None = field(metadata=PATH)
     reference: str | None = field(metadata=PATH)
+    reward: str | None = field(metadata=PATH)
     trust_remote_code: bool
 
 

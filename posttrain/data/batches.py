@@ -79,6 +79,22 @@ class Batch:
         """Processed tokens, without padding."""
         return self._tokens if self.weight else 0
 
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of all responses, each with its prompt, whether or not the layout shares it."""
+        return len(self.sequences()[0]) if self.weight else 0
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Flat positions [T] of real tokens, and the response [T] in whose sequence each is: a shared prompt is in several."""
+        segments = self.segments.flatten()
+        if self.is_prompt is None:
+            at = (segments >= 0).nonzero().squeeze(1)
+            return at, segments[at]
+        is_prompt = self.is_prompt.flatten()
+        at, prompts = ((segments >= 0) & ~is_prompt).nonzero().squeeze(1), is_prompt.nonzero().squeeze(1)
+        of, reader = (self.group[segments[prompts]][:, None] == self.group[None, :]).nonzero(as_tuple=True)
+        return torch.cat([at, prompts[of]]), torch.cat([segments[at], reader])
+
     def __post_init__(self) -> None:
         self._tokens = int((self.segments >= 0).sum())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -142,7 +143,11 @@ def _keep_differentiable(model: nn.Module) -> None:
 def _load(model: PreTrainedModel, path: str) -> PeftModel:
     if not (Path(path).expanduser() / "adapter_config.json").is_file():
         raise ModelError(f"adapter.path={path} holds no adapter_config.json; give a directory that peft saved")
-    return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
+    try:
+        return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"adapter.path={path} cannot be read: {reason}; give a directory that peft saved") from error
 
 
 def _assert_adapted(model: Any, targets: list[str]) -> None:

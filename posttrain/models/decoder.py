@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
-from posttrain.models.router import Routers
+from posttrain.models.router import Router, Routers
 
 
 class Decoder(nn.Module):
@@ -44,6 +44,14 @@ class Decoder(nn.Module):
                 f"the {network.config.model_type} architecture has no separate decoder below its output layer"
             )
         return below
+
+    def states(self, batch: Batch, router: bool = False) -> tuple[Tensor, Router | None]:
+        """The last states [R, L, H]; with `router` also a mixture's load balance, None where it is no mixture."""
+        if not router:
+            return self.hidden(batch), None
+        with self.routers.watch() as seen:
+            hidden = self.hidden(batch)
+        return hidden, self.routers.balance(seen, batch, text_config(self.network)) if seen else None
 
     def hidden(self, batch: Batch) -> Tensor:
         """The backbone's last states, [R, L, H].

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from posttrain.errors import ModelError
 from posttrain.models.lineage import fold, is_reward_model, lineage, resolve_path
 from posttrain.models.reward import zero_score
+from posttrain.models.rope import scale_rope
 
 if TYPE_CHECKING:
     from posttrain.config import ModelConfig
@@ -56,7 +57,7 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     _refuse_other_architectures(config, model)
     _override(config, dict(model.config or {}))
     if model.rope_scaling:
-        _scale_rope(config, model.rope_scaling)
+        scale_rope(config, model.rope_scaling)
     if model.dropout != "keep":
         for part in (config, config.get_text_config(decoder=True)):
             for name, value in vars(part).items():
@@ -241,46 +242,6 @@ def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
             hint = f"; did you mean model.config.{near[0]}?" if near else ""
             raise ModelError(f"model.config.{key} is not a key of the {config.model_type} architecture{hint}")
         setattr(config, key, value)
-
-
-def _scale_rope(config: PreTrainedConfig, scaling: dict[str, Any]) -> None:
-    """rope_scaling = {type, factor, ...} as the library defines them; ntk: θ ← b·s^{d/(d-2)}, no other change."""
-    scaling = dict(scaling)
-    kind, current = scaling.pop("type", scaling.pop("rope_type", None)), getattr(config, "rope_parameters", None)
-    allowed = ("linear", "dynamic", "yarn", "llama3", "longrope", "ntk")
-    if kind not in allowed:
-        raise ModelError(f"model.rope_scaling.type={kind}; allowed: {', '.join(allowed)}")
-    if not current or "rope_theta" not in current:
-        raise ModelError(
-            f"model.rope_scaling: the {config.model_type} architecture has no single rotary embedding to scale"
-        )
-    if kind != "longrope" and not isinstance(scaling.get("factor"), int | float):
-        raise ModelError(f"model.rope_scaling.type={kind} needs model.rope_scaling.factor, a number such as 4")
-    if kind == "ntk":
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = int(size * current.get("partial_rotary_factor", 1.0))  # d is what rotates
-        theta = float(current["rope_theta"]) * float(scaling["factor"]) ** (size / (size - 2))
-        config.rope_parameters = {**current, "rope_theta": theta}
-    else:
-        if kind in ("yarn", "llama3", "longrope", "dynamic"):
-            scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-        config.rope_parameters = {**current, **scaling, "rope_type": kind}
-    if "factor" in scaling and kind != "dynamic":  # dynamic scales from the length the config names, whatever is longer
-        config.max_position_embeddings = int(config.max_position_embeddings * float(scaling["factor"]))
-
-
-def position_limit(config: PreTrainedConfig) -> int | None:
-    """Tokens of the longest example the positions are made for; None where they have no end.
-
-    The library's config names the length before scaling (`dynamic` by definition, yarn in many models' files) or after it.
-    """
-    known = getattr(config, "max_position_embeddings", None)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    kind, factor = scaling.get("rope_type"), scaling.get("factor")
-    if not known or kind not in ("dynamic", "yarn", "llama3", "longrope") or not isinstance(factor, int | float):
-        return known
-    original = known if kind == "dynamic" else scaling.get("original_max_position_embeddings") or known
-    return max(known, int(original * factor))
 
 
 def _cannot_read(model: ModelConfig, what: str, error: Exception | str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,9 +70,8 @@ class Policy(Decoder):
         log-probs, it is differentiable too.
         """
         transform = self.transform if temperature == 1 else replace(self.transform, temperature=temperature)
-        watched: Any = self.routers.watch() if router else nullcontext([])
-        with watched as seen:
-            hidden = self.hidden(batch).flatten(0, 1)[batch.predict]  # [N, H]
+        states, balance = self.states(batch, router)
+        hidden = states.flatten(0, 1)[batch.predict]  # [N, H]
         if weights is not None:
             if not batch.weight:
                 weights = torch.zeros_like(weights)
@@ -86,8 +84,7 @@ class Policy(Decoder):
             scores = Scores(token_logprobs(hidden, self.head, batch.targets, transform))
             if entropy and gradients:
                 scores.entropy = token_entropies(hidden, self.head, transform)
-        if seen:
-            scores.router = self.routers.balance(seen, batch, text_config(self.network))
+        scores.router = balance
         if self.critic is not None:
             scores.values = self.values(hidden)
         return scores

@@ -120,7 +120,7 @@ def _scores(policy: RewardModel, groups: list[TokenGroup], device: torch.device,
             own = torch.cat([policy.model(input_ids=row, use_cache=False).logits for row in rows]).squeeze(-1).float()
     finally:
         config.pad_token_id = pad
-    ours = torch.cat([policy(collate([one], [[0]], "padded").to(device)) for one in ones])
+    ours = torch.cat([policy(collate([one], [[0]], "padded").to(device)).rewards for one in ones])
     return _difference(ours, own, exact)
 
 
@@ -165,27 +165,6 @@ def sliding_window(network: Any) -> int | None:
     if getattr(config, "use_sliding_window", True) is False:
         found[0] = None
     return min((int(span) for span in found if isinstance(span, int) and span > 0), default=None)
-
-
-def check_rope(config: Any, lengths: np.ndarray, most: int | None = None) -> None:
-    """ModelError where the library's positions of one example would depend on the examples beside it and before it.
-
-    lengths: of all examples; of a stream they are not known beforehand, and `most` is what one of its examples may have.
-    `dynamic` takes its frequencies from the longest sequence seen, `longrope` one of two sets by the longest of a batch.
-    """
-    scaling = getattr(config, "rope_parameters", None) or {}
-    kind, known = scaling.get("rope_type"), getattr(config, "max_position_embeddings", None)
-    if kind not in ("dynamic", "longrope") or not known or not len(lengths):
-        return
-    original = known if kind == "dynamic" else scaling.get("original_max_position_embeddings") or known
-    if max(most or 0, lengths.max()) > original and (kind == "dynamic" or most or lengths.min() <= original):
-        longer = f"{int((lengths > original).sum()):,} of {len(lengths):,} examples"
-        told = f"a stream's examples may have {most}" if most else longer
-        raise ModelError(
-            f"rope scaling of type {kind}: beyond {original} tokens ({told}) an example's "
-            "positions depend on the examples beside it and before it, and so would every score. Use "
-            f"model.rope_scaling.type=yarn, ntk or linear, or data.max_length={original}"
-        )
 
 
 def probe_positions(

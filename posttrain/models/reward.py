@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,11 +12,20 @@ from torch import Tensor, nn
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
 from posttrain.models.decoder import Decoder
+from posttrain.models.router import Router
 
 Pooling = Literal["last", "mean", "special"]
 
 POOLING_KEY = "posttrain_pooling"
 """Where a saved model's config says how it pools; transformers' own class pools the last token that is no padding."""
+
+
+@dataclass
+class Ratings:
+    """What one forward gives. rewards: R of each response, [responses] fp32. router: as in Scores."""
+
+    rewards: Tensor
+    router: Router | None = None
 
 
 class RewardModel(Decoder):
@@ -38,17 +48,22 @@ class RewardModel(Decoder):
             raise ModelError(f"the {self.network.config.model_type} architecture has no score layer for a reward model")
         return found
 
-    def forward(self, batch: Batch) -> Tensor:
-        """R of each response, [responses] fp32."""
-        pooled = self.pooled(batch)
+    def forward(self, batch: Batch, router: bool = False) -> Ratings:
+        """R of each response, and on request a mixture's load balance."""
+        states, balance = self.states(batch, router)
+        pooled = self._pool(states, batch)
         with torch.autocast(
             pooled.device.type, enabled=False
         ):  # a score in 8 bits would tie where people see a difference
-            return self.head(pooled.float()).squeeze(-1)
+            return Ratings(self.head(pooled.float()).squeeze(-1), balance)
 
     def pooled(self, batch: Batch) -> Tensor:
         """The state that each response is scored by, [responses, H]."""
-        states = self.hidden(batch).flatten(0, 1)  # [R·L, H]
+        return self._pool(self.hidden(batch), batch)
+
+    def _pool(self, states: Tensor, batch: Batch) -> Tensor:
+        """[R, L, H] → [responses, H]"""
+        states = states.flatten(0, 1)
         return self._mean(states, batch) if self.pooling == "mean" else states[self._position(batch)]
 
     def _mean(self, states: Tensor, batch: Batch) -> Tensor:

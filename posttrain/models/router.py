@@ -99,7 +99,10 @@ def _routing(output: Any, index: int) -> Routing:
 
 @dataclass
 class Router:
-    """balance: mean over layers of Σ_s T_s·E·Σ f·m, scalar; load: [E] tokens sent to each expert, mean over layers."""
+    """balance: mean over layers of Σ_s T_s·E·Σ f·m, scalar; load: [E] tokens sent to each expert, mean over layers.
+
+    A sequence is a response with its prompt: in the shared layout a prompt counts in each of its responses' sequences.
+    """
 
     balance: Tensor
     load: Tensor
@@ -110,9 +113,8 @@ class Router:
         """From each layer's routing; scoring: logits to probabilities, softmax unless given."""
         scoring = scoring or SCORINGS[0]
         k: Any = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_k", 2)
-        segments = batch.segments.flatten()
-        real = segments >= 0
-        owner, sequences = segments[real], len(batch.group)
+        real, owner = batch.sequences()
+        sequences = len(batch.group)
         lengths = torch.zeros(sequences, device=owner.device).index_add_(
             0, owner, torch.ones_like(owner, dtype=torch.float32)
         )
@@ -129,7 +131,7 @@ class Router:
             balance = balance + (lengths * experts * (f * m).sum(-1)).sum()
             loads.append(sent.sum(0).detach())
         layers, load = len(routings), torch.stack(loads).sum(0)
-        return cls(balance * batch.weight / layers, load * batch.weight / layers, int(batch.tokens))
+        return cls(balance * batch.weight / layers, load * batch.weight / layers, batch.sequence_tokens)
 
     def stats(self) -> dict[str, tuple[Tensor, float]]:
         """For the log: the loss per token, and each expert's share f_e; the busiest is known only once all are summed."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from posttrain.data.group import Group
     from posttrain.data.loader import Step
     from posttrain.models.networks import Head, Networks
+    from posttrain.models.router import Router
 
 Records = dict[str, np.ndarray]
 
@@ -40,6 +41,13 @@ class Loss:
 
     terms: dict[str, Tensor]
     stats: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+
+    def with_router(self, router: Router | None) -> Loss:
+        """With a mixture's load balance as the term `aux`, where there is one."""
+        if router is not None:
+            self.terms["aux"] = router.balance
+            self.stats |= router.stats()
+        return self
 
 
 @dataclass
@@ -81,8 +89,9 @@ class Stage:
     def check(self) -> None:
         """Raise ConfigError for settings that cannot go together. Ranges and choices stand in the fields' metadata."""
 
-    def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterable[Group]:
-        """The Groups this stage trains on; by default the data's own. notes: what to tell the user → how often."""
+    def groups(self, groups: Iterable[Group], notes: Counter[str], seed: int = 0) -> Iterable[Group]:
+        """The Groups this stage trains on; by default the data's own. notes: what to tell the user → how often. seed: the
+        run's, for a stage that draws."""
         return groups
 
     def needs_reference(self, sampler_known: bool) -> str:

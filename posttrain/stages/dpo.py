@@ -26,6 +26,7 @@ from posttrain.stages.preferences import (
     link_loss,
     means,
     pair_records,
+    pair_stats,
     pairs_in,
     reference_records,
     soft,
@@ -82,28 +83,28 @@ class DPO(Preference):
         assert scores is not None
         return min(scores) < max(scores) or (len(scores) == 2 and group.target_probs is not None)
 
-    def select(self, group: Group) -> Group:
+    def select(self, group: Group, seed: int) -> Group:
         if self.pairs == "all" or len(group.responses) == 2:
             return group
-        return next(pairs_of(group, self.pairs))
+        return next(pairs_of(group, self.pairs, seed))
 
     def weights(self) -> dict[str, float]:
-        return {"nll": self.nll_weight}
+        return super().weights() | {"nll": self.nll_weight}
 
-    def counts(self, batch: Batch) -> dict[str, float]:
+    def units(self, batch: Batch) -> dict[str, float]:
         n = float(len(pairs_in(batch).first)) * batch.weight
         return {"preference": n, "nll": n} if self.nll_weight else {"preference": n}
 
     def loss(self, networks: Networks, batch: Batch) -> Loss:
-        logprobs = networks.policy(batch).logprobs  # [N]
-        pairs = pairs_in(batch)
+        scores = networks.policy(batch, router=self.aux_weight > 0)
+        logprobs, pairs = scores.logprobs, pairs_in(batch)  # [N]
         h = self.margins(logprobs, pairs, batch)  # [P]
         losses = soft(self.link_of(h), self.link_of(-h - 2 * self.target_margin), pairs.p)
         terms = {"preference": losses.sum() * batch.weight}
         if self.nll_weight:
             per_token = batch.by_response(logprobs) / batch.trained_per_response
             terms["nll"] = -per_token[pairs.first].sum() * batch.weight
-        return Loss(terms, self._stats(logprobs.detach(), h.detach(), pairs, batch))
+        return Loss(terms, self._stats(logprobs.detach(), h.detach(), batch)).with_router(scores.router)
 
     def margins(self, logprobs: Tensor, pairs: Pairs, batch: Batch) -> Tensor:
         """h of each pair, [P]; the target margin γ taken off."""
@@ -135,25 +136,24 @@ class DPO(Preference):
         logprobs = networks.policy(batch).logprobs
         pairs = pairs_in(batch)
         records = pair_records(self.margins(logprobs, pairs, batch) + self.target_margin, pairs, batch, bins)
+        records |= means(self._of_extremes(logprobs, batch))
+        return records | (reference_records(logprobs, batch) if batch.reference is not None else {})
+
+    def _stats(self, logprobs: Tensor, h: Tensor, batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        return pair_stats(h, batch) | {
+            name: (values.sum() * batch.weight, float(batch.groups))
+            for name, values in self._of_extremes(logprobs, batch).items()
+        }
+
+    def _of_extremes(self, logprobs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What is told of each prompt's best and worst response, [groups]: log π, and the implicit reward."""
         best, worst = extremes(batch)
         whole = batch.by_response(logprobs)
-        records |= means({"logprob_chosen": whole[best], "logprob_rejected": whole[worst]})
+        found = {"logprob_chosen": whole[best], "logprob_rejected": whole[worst]}
         if batch.reference is not None:
             implicit = self.beta * batch.by_response(logprobs - batch.reference)
-            records |= means({"reward_chosen": implicit[best], "reward_rejected": implicit[worst]})
-            records |= reference_records(logprobs, batch)
-        return records
-
-    def _stats(self, logprobs: Tensor, h: Tensor, pairs: Pairs, batch: Batch) -> dict[str, tuple[Tensor, float]]:
-        n = float(len(h)) * batch.weight
-        whole = batch.by_response(logprobs)
-        right = (h > 0).double() + 0.5 * (h == 0).double()
-        found = {"margin": h, "pair_accuracy": right}
-        found |= {"logprob_chosen": whole[pairs.first], "logprob_rejected": whole[pairs.second]}
-        if batch.reference is not None:
-            implicit = self.beta * batch.by_response(logprobs - batch.reference)
-            found |= {"reward_chosen": implicit[pairs.first], "reward_rejected": implicit[pairs.second]}
-        return {name: (values.sum() * batch.weight, n) for name, values in found.items()}
+            found |= {"reward_chosen": implicit[best], "reward_rejected": implicit[worst]}
+        return found
 
 
 def dpo_loss(

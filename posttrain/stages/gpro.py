@@ -96,7 +96,7 @@ class GPRO(Preference):
         """form=weighted reads it while training only for ρ = π_ref/μ."""
         return "always" if self.form != "weighted" or sampler_known else "evaluation"
 
-    def counts(self, batch: Batch) -> dict[str, float]:
+    def units(self, batch: Batch) -> dict[str, float]:
         if self.form == "pairwise":
             return {self.form: float(len(pairs_in(batch).first)) * batch.weight}
         return {self.form: float(batch.groups)}
@@ -107,21 +107,23 @@ class GPRO(Preference):
         stats = {"effective_responses": (effective, float(batch.groups))}
         if self.form == "weighted":  # the weights are known before the forward pass
             weight = self.beta * _flat(omega, batch)[batch.response]
-            scores = networks.policy(batch, weights=weight.float())
+            scores = networks.policy(batch, weights=weight.float(), router=self.aux_weight > 0)
             if batch.reference is not None:
                 stats |= self._stats(self.log_ratios(scores.logprobs, batch), batch)
-            return Loss({"weighted": scores.objective}, stats)
-        z = self.log_ratios(networks.policy(batch).logprobs, batch)  # [responses]
+            return Loss({"weighted": scores.objective}, stats).with_router(scores.router)
+        scores = networks.policy(batch, router=self.aux_weight > 0)
+        z = self.log_ratios(scores.logprobs, batch)  # [responses]
         stats |= self._stats(z.detach(), batch)
         if self.form == "pairwise":
-            return Loss({"pairwise": self.pair_losses(z, pairs_in(batch)).sum() * batch.weight}, stats)
+            total = self.pair_losses(z, pairs_in(batch)).sum() * batch.weight
+            return Loss({"pairwise": total}, stats).with_router(scores.router)
         losses = dual_loss(
             matrix(z, batch, 0.0), matrix(batch.rewards, batch, MINUS_INF), self.beta, self.target, self.z_max,
             matrix(self.log_rho(batch), batch, MINUS_INF), omega,
         )  # fmt: skip
         beyond = (z.detach() > self.z_max).double().sum() * batch.weight
         stats["beyond_z_max"] = (beyond, float(batch.responses))
-        return Loss({"dual": losses.sum() * batch.weight}, stats)
+        return Loss({"dual": losses.sum() * batch.weight}, stats).with_router(scores.router)
 
     def log_ratios(self, logprobs: Tensor, batch: Batch) -> Tensor:
         """z of each response, [responses] fp32."""

@@ -45,17 +45,13 @@ class Likelihood(Stage):
         return float(batch.trained_tokens)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        return {"nll": self.units(batch), "aux": float(batch.tokens)}
+        return {"nll": self.units(batch), "aux": float(batch.sequence_tokens)}
 
     def loss(self, networks: Networks, batch: Batch) -> Loss:
         weights = self.token_weights(batch)
         scores = networks.policy(batch, weights=weights, smoothing=self.label_smoothing, router=self.aux_weight > 0)
-        terms = {"nll": scores.objective}
         stats = {"nll": (-scores.logprobs.sum() * batch.weight, float(batch.trained_tokens))}
-        if scores.router:
-            terms["aux"] = scores.router.balance
-            stats |= scores.router.stats()
-        return Loss(terms, stats)
+        return Loss({"nll": scores.objective}, stats).with_router(scores.router)
 
     def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
         statistics = networks.policy(batch, statistics=True).statistics

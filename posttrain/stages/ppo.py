@@ -111,7 +111,7 @@ class PPO(Stage):
     def group_settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens}
 
-    def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterator[Group]:
+    def groups(self, groups: Iterable[Group], notes: Counter[str], seed: int = 0) -> Iterator[Group]:
         """Prompts alone; a known best response is kept as the column `answer`, for verifiers, where the data has none."""
         for group in groups:
             columns = dict(group.columns)

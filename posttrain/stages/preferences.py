@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     from posttrain.data.batches import Batch
 
 
+@dataclass
 class Preference(Stage):
     """A stage that learns from K judged responses to a prompt. Targets are the responses' tokens, whole turns."""
+
+    aux_weight: float = field(default=0.001, metadata={"min": 0.0})
 
     data_formats: ClassVar[tuple[str, ...]] = ("pairs", "groups", "scored")
     train_on: ClassVar[str] = "response"
@@ -34,11 +38,21 @@ class Preference(Stage):
         """Whether this Group has anything to learn from."""
         raise NotImplementedError
 
-    def select(self, group: Group) -> Group:
-        """The Group as it is trained on."""
+    def select(self, group: Group, seed: int) -> Group:
+        """The Group as it is trained on. seed: the run's."""
         return group
 
-    def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterator[Group]:
+    def weights(self) -> dict[str, float]:
+        return {"aux": self.aux_weight}
+
+    def units(self, batch: Batch) -> dict[str, float]:
+        """Units of the stage's own loss terms."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {**self.units(batch), "aux": float(batch.sequence_tokens)}
+
+    def groups(self, groups: Iterable[Group], notes: Counter[str], seed: int = 0) -> Iterator[Group]:
         """Judged Groups with something to learn from; single responses to one prompt are joined."""
         seen = kept = 0
         for group in _joined(groups):
@@ -48,7 +62,7 @@ class Preference(Stage):
             notes.update(oddities([group]))
             if self.keeps(group):
                 kept += 1
-                yield self.select(group)
+                yield self.select(group, seed)
         if seen > kept:
             notes[f"skipped: {self.useless}"] += seen - kept
 
@@ -133,6 +147,13 @@ def means(columns: dict[str, Tensor]) -> Records:
         found[f"{name}_sum"] = values.double().cpu().numpy()
         found[f"{name}_count"] = np.ones(len(values))
     return found
+
+
+def pair_stats(h: Tensor, batch: Batch) -> dict[str, tuple[Tensor, float]]:
+    """For the log, (sum, count) over pairs of margins h [P]: their mean, and how many are right (½ on a tie)."""
+    right = (h > 0).double() + 0.5 * (h == 0).double()
+    n = float(len(h)) * batch.weight
+    return {"margin": (h.sum() * batch.weight, n), "pair_accuracy": (right.sum() * batch.weight, n)}
 
 
 def pair_records(h: Tensor, pairs: Pairs, batch: Batch, bins: int) -> Records:

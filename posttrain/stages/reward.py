@@ -25,7 +25,17 @@ from posttrain.data.preferences import standings
 from posttrain.errors import ConfigError
 from posttrain.models.networks import Head
 from posttrain.stages.base import Loss, Records
-from posttrain.stages.preferences import Pairs, Preference, extremes, matrix, means, pair_records, pairs_in, soft
+from posttrain.stages.preferences import (
+    Pairs,
+    Preference,
+    extremes,
+    matrix,
+    means,
+    pair_records,
+    pair_stats,
+    pairs_in,
+    soft,
+)
 
 if TYPE_CHECKING:
     from posttrain.data.batches import Batch
@@ -70,28 +80,26 @@ class Reward(Preference):
         return self.pooling == "special"
 
     def weights(self) -> dict[str, float]:
-        return {"centering": self.centering}
+        return super().weights() | {"centering": self.centering}
 
-    def counts(self, batch: Batch) -> dict[str, float]:
+    def units(self, batch: Batch) -> dict[str, float]:
         pairs, n = pairs_in(batch), float(batch.groups)
         if self.objective not in OVER_LISTS:
             n = float(len(batch.group[pairs.first].unique())) * batch.weight
         return {self.objective: n, "centering": n} if self.centering else {self.objective: n}
 
     def loss(self, networks: Networks, batch: Batch) -> Loss:
-        rewards = networks.policy(batch)  # [responses]
-        pairs = pairs_in(batch)
+        ratings = networks.policy(batch, router=self.aux_weight > 0)
+        rewards, pairs = ratings.rewards, pairs_in(batch)  # [responses]
         terms: dict[str, Tensor] = {self.objective: self.objective_of(rewards, pairs, batch).sum() * batch.weight}
         if self.centering:
             both = (rewards[pairs.first] + rewards[pairs.second]) ** 2
             terms["centering"] = _mean_by_group(both, pairs, batch).sum() * batch.weight
-        detached = rewards.detach()
-        h = detached[pairs.first] - detached[pairs.second]
-        n = float(len(h)) * batch.weight
-        right = (h > 0).double() + 0.5 * (h == 0).double()
-        found = {"margin": h, "pair_accuracy": right}
-        found |= {"reward_chosen": detached[pairs.first], "reward_rejected": detached[pairs.second]}
-        return Loss(terms, {name: (values.sum() * batch.weight, n) for name, values in found.items()})
+        detached, (best, worst) = rewards.detach(), extremes(batch)
+        stats = pair_stats(detached[pairs.first] - detached[pairs.second], batch)
+        for name, index in (("reward_chosen", best), ("reward_rejected", worst)):
+            stats[name] = (detached[index].sum() * batch.weight, float(batch.groups))
+        return Loss(terms, stats).with_router(ratings.router)
 
     @property
     def usual_margin(self) -> float:
@@ -111,7 +119,7 @@ class Reward(Preference):
         return _mean_by_group(losses, pairs, batch)
 
     def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
-        rewards = networks.policy(batch).double()
+        rewards = networks.policy(batch).rewards.double()
         pairs = pairs_in(batch)
         records = pair_records(rewards[pairs.first] - rewards[pairs.second], pairs, batch, bins)
         best, worst = extremes(batch)

@@ -41,7 +41,7 @@ class SFT(Likelihood):
                 "try [assistant, tool]"
             )
 
-    def groups(self, groups: Iterable[Group], notes: Counter[str]) -> Iterator[Group]:
+    def groups(self, groups: Iterable[Group], notes: Counter[str], seed: int = 0) -> Iterator[Group]:
         """One response each: the only one, or of judged responses the best (chosen, label true, best rank or reward)."""
         for group in groups:
             best = best_response(group)

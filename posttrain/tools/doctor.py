@@ -9,8 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from posttrain.environment import environment
 from posttrain.report.console import Console
-from posttrain.rundir import environment
 
 GIB = 2**30
 LAUNCHER = ("ACCELERATE_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from posttrain.disk import write_json, writing
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import Evaluation, Evaluator
-from posttrain.layout import packing_of, probe_layout
+from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
-from posttrain.models.probe import check_rope, probe_positions, sliding_window
+from posttrain.models.probe import probe_positions, sliding_window
+from posttrain.models.rope import check_rope
 from posttrain.reference import Reference, check
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 def evaluate(cfg: Config) -> Summary:
     """Score data.eval (or the held-out part of data.train); writes metrics, records and samples to the run directory."""
     runtime = Runtime(cfg.precision.name, cfg.distribution.name)
-    with runtime.together():
-        return _evaluate(cfg, runtime)
+    config = cfg.as_dict()
+    with runtime.together(), open_directory(cfg, config, runtime, "eval") as run:
+        return _evaluate(cfg, config, run, runtime)
 
 
-def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
-    console, config = Console(runtime.is_main), cfg.as_dict()
-    run = open_directory(cfg, config, runtime, "eval")
+def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime) -> Summary:
+    console = Console(runtime.is_main)
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
     _check_reference(cfg, tokenizer)
@@ -51,6 +52,7 @@ def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
     packing = packing_of(cfg, runtime.device.type, prepared)
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
     _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
+    prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     if cfg.stage.needs_reference(False) != "never":
         reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed))
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)

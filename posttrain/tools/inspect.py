@@ -19,7 +19,7 @@ EXAMPLES = 3
 
 def inspect(cfg: Config) -> None:
     """Print the first examples, and the shortest and longest; loads no weights."""
-    console, runtime = Console(), Runtime("fp32", "ddp")
+    console, runtime = Console(), Runtime("fp32", "ddp", computes=False)
     tokenizer = load_tokenizer(cfg.model)
     prepared = prepare_data(cfg, tokenizer, runtime)
     lengths, trained, longest = prepared.train.lengths, prepared.train.trained, prepared.train.longest

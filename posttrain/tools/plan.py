@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from posttrain import reference
-from posttrain.layout import packing_of
+from posttrain.layout import beyond_budget, packing_of
 from posttrain.models.adapters import add_adapter
 from posttrain.models.lineage import folded
 from posttrain.models.load import load_config, load_shape, load_tokenizer
@@ -30,6 +30,7 @@ def plan(cfg: Config) -> None:
     reference.check(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type, prepared)
+    prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     steps, draws = count_steps(cfg, open_loader(cfg, prepared, packing))
     model, described = _on_meta(cfg)
     check_positions(cfg, model.config)

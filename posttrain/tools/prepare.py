@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def prepare(cfg: Config) -> None:
     """Write the token cache, or say that it is there."""
-    console, runtime = Console(), Runtime("fp32", "ddp")
+    console, runtime = Console(), Runtime("fp32", "ddp", computes=False)
     prepared = prepare_data(cfg, load_tokenizer(cfg.model), runtime)
     for line in prepared.lines:
         console.line(f"  · {line}")

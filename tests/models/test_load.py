@@ -20,9 +20,9 @@ from posttrain.data.batches import collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
 from posttrain.models import embedded
-from posttrain.models.load import load_config, load_model, load_tokenizer, position_limit
+from posttrain.models.load import load_config, load_model, load_tokenizer
 from posttrain.models.policy import Policy
-from posttrain.models.probe import check_rope
+from posttrain.models.rope import check_rope, position_limit
 
 
 def given(path: str, **settings: Any) -> ModelConfig:

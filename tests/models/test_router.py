@@ -131,6 +131,24 @@ def test_no_mixture_no_router() -> None:
         assert scored(family, collate(GROUPS, [[0]], "padded")).router is None
 
 
+@pytest.mark.parametrize("stage", ["dpo", "gpro", "reward"])
+def test_the_preference_stages_have_it_too(run: Callable[..., Any], mixture: None, stage: str) -> None:
+    """The weighted loss is the stage's own and the balance, and sharing prompts changes neither."""
+    data = ["data.train=embedded:groups:40", "data.eval=embedded:groups:20:held_out", "batch.size=8"]
+    lines = {}
+    for name, layout, weight in (("none", "padded", 0), ("padded", "padded", 0.1), ("shared", "shared", 0.1)):
+        run(f"stage={stage}", "model.path=mixture", "model.init=config", *data, f"stage.aux_weight={weight}",
+            f"batch.layout={layout}", "train.steps=2", "optim.lr=1e-3", f"run.dir={name}")  # fmt: skip
+        told = [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
+        lines[name] = next(line["metrics"] for line in told if line["split"] == "train")
+    aux = lines["padded"]["aux_loss"]
+    assert aux > K / EXPERTS
+    assert "aux_loss" not in lines["none"]
+    assert lines["padded"]["loss"] == pytest.approx(lines["none"]["loss"] + 0.1 * aux, rel=1e-5)
+    for key in ("loss", "aux_loss", "grad_norm", "expert_load_max", "expert_load_min"):
+        assert lines["shared"][key] == pytest.approx(lines["padded"][key], rel=1e-4), key
+
+
 def test_a_run_logs_the_load_and_does_not_depend_on_the_split(run: Callable[..., Any]) -> None:
     from transformers import AutoTokenizer
 

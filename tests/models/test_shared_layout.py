@@ -128,7 +128,7 @@ def test_scores_agree(pooling: str) -> None:
             mask.append(True)
     scorer = network("llama", scores=True)
     model = RewardModel(scorer, pooling, {7})
-    found = [model(batch) for batch in batches(made)]
+    found = [model(batch).rewards for batch in batches(made)]
     for scores in found[1:]:
         torch.testing.assert_close(scores, found[0], rtol=0, atol=1e-4)
     alone = scorer.model(input_ids=torch.tensor([made[0].prompt + made[0].responses[1]])).last_hidden_state[0]

@@ -146,7 +146,7 @@ def test_reward_averages_pairs_within_a_prompt_and_then_prompts() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]).double()
     found = Reward().objective_of(rewards, pairs_in(batch), batch)
     assert found.tolist() == pytest.approx([0.439890, 0.693147], abs=1e-6)
-    assert Reward().counts(batch) == {"bradley_terry": 2.0}
+    assert Reward().units(batch) == {"bradley_terry": 2.0}
 
 
 def test_the_margin_column_wins_over_the_setting() -> None:
@@ -374,3 +374,36 @@ def test_conversions_of_groups_to_pairs() -> None:
     assert next(iter(DPO().groups(given, Counter()))) is given[0]
     sampled = next(iter(DPO(pairs="sample").groups(given, Counter())))
     assert len(sampled.responses) == 2
+
+
+def test_pairs_are_sampled_by_the_runs_seed(run) -> None:
+    def sampled(seed: int) -> list[tuple[str, ...]]:
+        rows = groups_of(*[(0.0, 1.0, 0.5)] * 20)
+        return [group.responses for group in DPO(pairs="sample").groups(rows, Counter(), seed)]
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+    tokens = {
+        seed: run("stage=dpo", "stage.pairs=sample", "data.train=embedded:groups:200", "train.steps=1", "batch.size=200",
+                  "data.eval=embedded:groups:20:held_out", f"train.seed={seed}", f"run.dir={seed}").trained_tokens
+        for seed in (1, 2)
+    }  # fmt: skip
+    assert tokens[1] != tokens[2]  # every prompt is in the one step; other pairs have other lengths
+
+
+def test_the_log_tells_of_the_best_and_the_worst_response_as_evaluation_does(run) -> None:
+    """Three responses a prompt: with lr so small that nothing moves, what a step logs is what its prompts score."""
+    rows = embedded.rows("groups", 8)
+    for i, row in enumerate(rows):
+        row["rewards"] = [0.0, 0.3, 1.0, 0.6][: len(row["responses"])] if i % 2 else row["rewards"]
+    Path("g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data.train=g.jsonl", "data.eval=g.jsonl", "optim.lr=1e-12", "train.steps=1", "batch.size=8"]
+    names = {"dpo": ("logprob_chosen", "logprob_rejected"), "reward": ("reward_chosen", "reward_rejected")}
+    run("stage=reward", *data, "optim.lr=1e-2", "train.steps=4", "run.dir=scorer")
+    for stage, model in (("dpo", "embedded"), ("reward", "scorer")):
+        summary = run(f"stage={stage}", *data, f"model.path={model}", f"run.dir={stage}")
+        told = [json.loads(line) for line in Path(stage, "metrics.jsonl").read_text().splitlines()]
+        logged = next(line["metrics"] for line in told if line["split"] == "train")
+        for name in names[stage]:
+            assert logged[name] == pytest.approx(summary.start[name]["value"], rel=1e-5), (stage, name)
+        assert logged[names[stage][0]] != pytest.approx(logged[names[stage][1]])

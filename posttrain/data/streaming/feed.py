@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.data.pipeline import Source, stop_if_lost
+from posttrain.data.inputs import Source
+from posttrain.data.losses import stop_if_lost
 from posttrain.data.streaming.cursors import Mark
 from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader, compact
 from posttrain.data.streaming.tally import Tally

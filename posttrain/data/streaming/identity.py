@@ -7,7 +7,8 @@ import os
 from dataclasses import asdict
 
 from posttrain.data import cache
-from posttrain.data.pipeline import VERSION, Source, is_embedded
+from posttrain.data.inputs import Source, is_embedded
+from posttrain.data.pipeline import VERSION
 from posttrain.data.sources import is_hub_id
 from posttrain.data.streaming.readers import Reading
 from posttrain.data.text import reading as opening

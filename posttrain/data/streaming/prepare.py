@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data import cache
 from posttrain.data.formats import Report, describe, refuser
-from posttrain.data.pipeline import (
-    Prepared,
-    Source,
-    check_mix,
-    detect,
-    encoding_of,
-    is_embedded,
-    list_sources,
-    rows_of,
-)
+from posttrain.data.inputs import Source, check_mix, detect, is_embedded, list_sources, rows_of
+from posttrain.data.pipeline import Prepared, encoding_of
 from posttrain.data.sources import check_file, is_hub_id, is_text_stream, kind_of, nothing_in
 from posttrain.data.streaming.cursors import RowCursor, is_sought
 from posttrain.data.streaming.feed import Feed, stop_if_many_lost

@@ -14,7 +14,7 @@ from posttrain.data.documents import Rest, Window
 from posttrain.data.encoding import Encoding
 from posttrain.data.formats import Detected, Report, refuser, to_groups
 from posttrain.data.group import Group
-from posttrain.data.pipeline import Source, rows_of
+from posttrain.data.inputs import Source, rows_of
 from posttrain.data.split import split
 from posttrain.data.streaming.cursors import Mark, RowCursor
 from posttrain.data.streaming.tally import Tally
@@ -81,7 +81,7 @@ class RowReader:
         groups = to_groups(
             _known_columns(rows, source.detected, on_bad_row, tally.report), source.detected, on_bad_row, tally.report
         )
-        self.groups = iter(reading.stage.groups(groups, tally.notes))
+        self.groups = iter(reading.stage.groups(groups, tally.notes, reading.seed))
 
     def mark(self) -> Mark:
         """Where the next batch begins."""

@@ -1,0 +1,90 @@
+"""A trained reward model as a judge: its own tokenizer and template read what was asked and answered, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from posttrain.data.encoding import Encoding
+from posttrain.data.group import Group, Message, Text
+from posttrain.data.loader import evaluation_batches, gather
+from posttrain.data.packing import Packing
+from posttrain.data.tokenize import Tokenizer, end_ids
+from posttrain.data.tokens import Examples
+from posttrain.errors import ModelError
+from posttrain.models.load import load_config, load_tokenizer
+from posttrain.models.networks import Head, build_network
+from posttrain.models.reward import POOLING_KEY
+from posttrain.models.rope import position_limit
+from posttrain.rewards import Judged, Row
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
+    from posttrain.runtime import Runtime
+
+MICRO_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+
+
+class RewardModelJudge:
+    """R(x, y) of the model at model.reward, on the run's device, in its precision."""
+
+    def __init__(self, cfg: Config, runtime: Runtime) -> None:
+        model = replace(
+            cfg.model, path=cfg.model.reward, tokenizer=None, revision=None, gguf_file=None, init="weights", config={},
+            rope_scaling=None, chat_template=None,
+        )  # fmt: skip
+        try:
+            config = load_config(model)
+            if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+                raise ModelError(
+                    f"model.path={cfg.model.reward} is a {', '.join(config.architectures or ['model without architectures'])}, "
+                    "which has no score layer; give a model that stage=reward has trained"
+                )
+            tokenizer = load_tokenizer(model)
+            self.ends = end_ids(tokenizer)
+            head = Head(getattr(config, POOLING_KEY, "last"), frozenset(self.ends))
+            adapter = replace(cfg.adapter, name="none", path=None)
+            network = build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, head=head)[0]
+        except ModelError as error:
+            raise ModelError(str(error).replace("model.path", "model.reward")) from error
+        self.network = network.to(runtime.device).eval().requires_grad_(False)
+        self.runtime, self.tokenizer = runtime, tokenizer
+        template = "chat" if tokenizer.chat_template else "none"
+        limit = position_limit(config) or 2**20
+        self.encoding = Encoding(template, limit, "truncate", "response", closes=True)
+        self.packing = Packing("padded", MICRO_TOKENS[runtime.device.type])
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str], rows: Sequence[Row]) -> Judged:
+        worker = Tokenizer(self.tokenizer, self.encoding)
+        asked = [as_text(prompt) for prompt in prompts]
+        groups = list(worker.groups(_group(a, r) for a, r in zip(asked, responses, strict=True)))
+        if len(groups) != len(prompts):
+            raise ModelError(
+                f"{len(prompts) - len(groups)} of {len(prompts)} prompts leave no room for an answer in the "
+                f"{self.encoding.max_length} positions of model.reward; lower data.max_length"
+            )
+        data, scores = Examples(groups), np.zeros(len(groups))
+        for positions, members in evaluation_batches(data, self.packing):
+            batch = gather(data, positions, members, "padded").to(self.runtime.device)
+            with self.runtime.autocast():
+                found = self.network(batch)
+            scores[positions[[i for member in members for i in member]]] = found.float().cpu().numpy()
+        return Judged(scores.tolist())
+
+
+def as_text(prompt: Any) -> Text:
+    """A prompt as it stands in a Group's JSON, text or message objects, as the Group had it."""
+    if isinstance(prompt, str):
+        return prompt
+    return tuple(Message(m["role"], m["content"], m.get("train"), m.get("extra") or {}) for m in prompt)
+
+
+def _group(prompt: Text, response: str) -> Group:
+    if isinstance(prompt, str):
+        return Group(prompt, (response,))
+    return Group(prompt, ((Message("assistant", response),),))

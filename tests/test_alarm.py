@@ -1,0 +1,94 @@
+"""A rank hears of another's failure, also over a network that falters; where it can hear no more, it says so and ends."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from posttrain import alarm
+from posttrain.alarm import Alarm
+
+
+class Faltering:
+    """A connection whose next `failures` looks fail."""
+
+    def __init__(self, store: Any, failures: int) -> None:
+        self.store, self.failures = store, failures
+
+    def check(self, keys: list[str]) -> bool:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("Connection reset by peer")
+        return bool(self.store.check(keys))
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A store as a launcher has it, times shortened; `ended` is set where a rank would be ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    made: dict[str, Any] = {"ended": threading.Event(), "statuses": [], "alarms": []}
+    made["server"] = dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
+    )
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    for name, seconds in (("POLL_S", 0.02), ("GRACE_S", 0.1), ("CONNECT_S", 1.0)):
+        monkeypatch.setattr(alarm, name, seconds)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: None)
+
+    def end(status: int) -> None:
+        made["statuses"].append(status)
+        made["ended"].set()
+
+    monkeypatch.setattr(alarm.os, "_exit", end)
+    yield made
+    for each in made["alarms"]:
+        each.stop()
+    time.sleep(0.1)
+
+
+@pytest.fixture
+def listen(launch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Alarm]:
+    """Of the same run on every rank."""
+
+    def made(rank: int) -> Alarm:
+        monkeypatch.setattr(alarm, "_runs", iter([0]))
+        launch["alarms"].append(Alarm(rank, 2))
+        return launch["alarms"][-1]
+
+    return made
+
+
+def test_a_look_that_fails_is_not_the_last(launch: dict[str, Any], listen: Callable[[int], Alarm]) -> None:
+    waiting, failing = listen(1), listen(0)
+    waiting.store = Faltering(waiting.store, 1)  # type: ignore[assignment]
+    assert not launch["ended"].wait(0.5), "a network that falters once has ended the rank"
+    assert not isinstance(waiting.store, Faltering), "it did not connect anew"
+    assert failing.ring("no data") is None
+    assert launch["ended"].wait(5), "it no longer listens"
+    assert launch["statuses"] == [1]
+
+
+def test_a_store_that_is_gone_is_told(
+    launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
+) -> None:
+    listen(1)
+    del launch["server"]
+    assert launch["ended"].wait(10)
+    assert "posttrain: rank 1 ends: the launch's store at 127.0.0.1:" in capfd.readouterr().err
+
+
+def test_after_the_run_nothing_is_heard(
+    launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
+) -> None:
+    listen(1).stop()
+    del launch["server"]
+    assert not launch["ended"].wait(1.5)
+    assert capfd.readouterr().err == ""
