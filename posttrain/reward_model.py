@@ -73,7 +73,7 @@ class RewardModelJudge:
             batch = gather(data, positions, members, "padded").to(self.runtime.device)
             with self.runtime.autocast():
                 found = self.network(batch)
-            scores[positions[[i for member in members for i in member]]] = found.float().cpu().numpy()
+            scores[positions[[i for member in members for i in member]]] = found.rewards.float().cpu().numpy()
         return Judged(scores.tolist())
 
 

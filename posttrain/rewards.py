@@ -21,6 +21,8 @@ from posttrain.errors import ConfigError, DataError
 from posttrain.verify import VERIFIERS
 
 NAN = float("nan")
+START_SECONDS = 300
+"""For a worker to import what a function needs."""
 Row = dict[str, Any]
 
 
@@ -151,11 +153,15 @@ class Worker:
         self.process = context.Process(target=serve, args=(spec, there), daemon=True)
         self.process.start()
         there.close()
-        self.dead = False
+        self.dead, self.ready = False, False
 
     def ask(self, arguments: tuple[Any, ...], seconds: float) -> Any:
         """What the function returned, or in words how it failed."""
         try:
+            self.ready = self.ready or (self.pipe.poll(START_SECONDS) and self.pipe.recv()[0])
+            if not self.ready:
+                self._end()
+                return f"was not imported within {START_SECONDS} seconds"
             self.pipe.send(arguments)
             if not self.pipe.poll(seconds):
                 self._end()
@@ -176,6 +182,7 @@ class Worker:
 def serve(spec: str, pipe: Connection) -> None:
     """The worker's loop; its parent's death ends it."""
     function = find_function(spec)
+    pipe.send((True, None))
     while True:
         try:
             arguments = pipe.recv()

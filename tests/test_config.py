@@ -162,7 +162,11 @@ def test_key_of_another_stage():
 @pytest.mark.parametrize(
     ("argument", "listed", "near"),
     [
-        ("stage=stf", "dpo, gpro, lora, pretrain, qlora, reward, sft", "did you mean stage=sft?"),
+        (
+            "stage=stf",
+            "dpo, gpro, grpo, lora, ppo, ppo_kl, pretrain, qlora, reward, rloo, sft",
+            "did you mean stage=sft?",
+        ),
         ("stage=nothing_like_it", "pretrain", ""),
         ("adapter=lorra", "lora, none, qlora", "did you mean adapter=lora?"),
         ("precision=bf61", "bf16, fp32, tf32", "did you mean precision=bf16?"),

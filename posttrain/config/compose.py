@@ -112,8 +112,6 @@ def _check_choice(group: str, choice: str, found: Folders, source: str) -> None:
     if choice not in choices:
         near = nearest(choice, choices, 0.5)
         tip = f"; did you mean {group}={near}?" if near else ""
-        if (group, choice) == ("stage", "grpo"):  # one letter from a stage that does something else
-            tip = "; grpo samples its own responses; stage=gpro learns from responses and rewards that the data has"
         raise ConfigError(
             f"{group}={choice} does not exist{where(source)}; {group} is one of {', '.join(choices)}{tip}"
         )

@@ -67,7 +67,11 @@ def detect(
         format = found.format
     if stage.data_formats and format not in stage.data_formats:
         name = type(stage).__module__.rpartition(".")[2]
-        other = "; stage=pretrain trains on plain text" if format == "text" else ""
+        elsewhere = {
+            "text": "; stage=pretrain trains on plain text",
+            "prompts": "; stage=ppo and stage=grpo answer prompts themselves",
+        }
+        other = elsewhere.get(format, "")
         raise DataError(
             f"{source.name}: found the format {format}, but stage={name} trains on {', '.join(stage.data_formats)}{other}"
         )

@@ -52,6 +52,8 @@ class Prepared:
         held_out = f"{len(self.eval):,} evaluation examples"
         if self.stream:
             return [("data", f"streamed: counts unknown; {self.stream.describe()}; {held_out}")]
+        if not self.train.counts.any():
+            return [("data", f"{len(self.train):,} prompts to train on, {held_out}")]
         processed = int(self.train.processed(layout).sum())
         tokens = f"{processed:,} an epoch, {int(self.train.trained.sum()):,} of them trained"
         if layout == "shared":

@@ -33,7 +33,11 @@ def plan(session: Session) -> None:
     console.facts(f"posttrain {cfg.stage_name}", plan_rows(session))
     for line in prepared.lines:
         console.line(f"  · {line}")
-    console.example(prepared.train.groups([0])[0], session.networks.tokenizer)
+    example = prepared.train.groups([0])[0]
+    if example.count:
+        console.example(example, session.networks.tokenizer)
+    else:
+        console.example(example, session.networks.tokenizer, "one prompt as the model sees it")
     if len(session.prepared.eval) == 0:
         console.line("\nwarning: no evaluation examples (data.eval_fraction held none out): no score will be reported")
     elif len(session.prepared.eval) < 30:
@@ -49,7 +53,7 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in session.networks.parameters)
     size = f"{cfg.batch.size} examples" if cfg.batch.size else f"about {cfg.batch.tokens:,} tokens"
-    drawn = session.draws or session.steps * (cfg.batch.size or 0)
+    drawn = session.draws or session.steps // cfg.stage.updates * (cfg.batch.size or 0)
     known = drawn and not prepared.stream
     epochs = f" ({drawn / len(prepared.train):.2g} epochs)" if known else ""
     where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
@@ -67,6 +71,7 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
             "steps",
             f"{session.steps:,} of {size}{epochs}, {layout}, <= {loader.packing.micro_tokens:,} tokens a forward",
         ),
+        *cfg.stage.facts(),
         ("optimizer", f"{cfg.optim.name}, lr {cfg.optim.lr:g} {cfg.schedule.name}, seed {cfg.train.seed}"),
         ("device", session.runtime.describe()),
         ("checked", ", ".join(f"{k} agrees to {v:.0e}" for k, v in session.probe.items())),

@@ -129,6 +129,10 @@ class Stage:
         """Optimizer steps that the Groups of one draw are good for."""
         return 1
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What: value, for the plan's table."""
+        return []
+
     def batches(self, networks: Networks, supply: Supply, first: int, last: int) -> Iterable[Step]:
         """Steps first .. last-1; by default the data's own. A stage that samples makes them of what it has sampled."""
         return supply.loader.steps(first, last, supply.draws)

@@ -61,7 +61,7 @@ class PPO(Stage):
     max_failed_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
     reward_clip: float | None = field(default=None, metadata={"above": 0})
     advantage: Literal["gae", "group", "leave_one_out", "return"] = "gae"
-    samples: int = field(default=1, metadata={"min": 1})
+    samples: int = field(default=4, metadata={"min": 1})
     temperature: float = field(default=1.0, metadata={"above": 0})
     max_new_tokens: int = field(default=256, metadata={"min": 1})
     missing_end_penalty: float = field(default=0.0, metadata={"min": 0})
@@ -108,6 +108,24 @@ class PPO(Stage):
     def updates(self) -> int:
         return self.epochs * self.minibatches
 
+    def facts(self) -> list[tuple[str, str]]:
+        answers = (
+            f"{self.samples} to each prompt, at most {self.max_new_tokens} tokens, temperature {self.temperature:g}"
+        )
+        whitened = ", whitened" if self.whiten and self.advantage in ("gae", "return") else ""
+        penalty = (
+            "none" if not self.beta else f"{self.beta:g} in {'reward and loss' if self.kl_in == 'both' else self.kl_in}"
+        )
+        rescaled = "; whitening rescales it" if whitened and self.beta and self.kl_in != "reward" else ""
+        return [
+            ("answers", answers),
+            (
+                "rewards",
+                f"{', '.join(self.rewards)}; advantage {self.advantage}{whitened}; KL penalty {penalty}{rescaled}",
+            ),
+            ("iteration", f"{self.updates} steps: {self.epochs} epochs of {self.minibatches} minibatches"),
+        ]
+
     def group_settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens}
 
@@ -115,6 +133,10 @@ class PPO(Stage):
         """Prompts alone; a known best response is kept as the column `answer`, for verifiers, where the data has none."""
         for group in groups:
             columns = dict(group.columns)
+            if group.responses:
+                notes[
+                    "have responses, which are not trained on: this stage samples its own (stage=gpro learns from given ones)"
+                ] += 1
             if "answer" not in columns and group.responses and isinstance(group.responses[0], str):
                 columns["answer"] = group.responses[0]
             yield Group(group.prompt, (), columns=columns, file=group.file, row=group.row)

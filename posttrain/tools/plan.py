@@ -36,13 +36,16 @@ def plan(cfg: Config) -> None:
     check_positions(cfg, model.config)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    epochs = 0 if prepared.stream else (draws or steps * (cfg.batch.size or 0)) / len(prepared.train)
+    epochs = (
+        0 if prepared.stream else (draws or steps // cfg.stage.updates * (cfg.batch.size or 0)) / len(prepared.train)
+    )
     rows = [
         ("stage", cfg.stage_name),
         ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters{folded(cfg.model.path)}"),
         ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {described}"),
         *prepared.facts(packing.layout),
         ("steps", f"{steps:,}" + (f" ({epochs:.2g} epochs)" if epochs else "") + f", {packing.layout}"),
+        *cfg.stage.facts(),
         (
             "schedule",
             f"{cfg.schedule.name}, peak {cfg.optim.lr:g} after {warmup_steps(steps, cfg.schedule)} warm-up steps",

@@ -119,3 +119,28 @@ def test_the_critics_loss_has_no_half_and_may_be_clipped() -> None:
     values, old, returns = T([1.0, 2.0]), T([0.0, 0.0]), T([3.0, 1.9])
     assert value_loss(values, old, returns, None).tolist() == pytest.approx([4.0, 0.01])
     assert value_loss(values, old, returns, 0.5).tolist() == pytest.approx([6.25, 1.96])
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_the_bandit_reaches_the_tilt(kl_in: str) -> None:
+    """Three actions, one-token responses, expectations exact: the optimum is π_ref e^{r/β} / Z = [.179, .292, .529]."""
+    reference, rewards, beta = T([0.5, 0.3, 0.2]).double(), T([0.0, 0.5, 1.0]).double(), 0.5
+    tilt = reference * (rewards / beta).exp()
+    tilt /= tilt.sum()
+    assert tilt.tolist() == pytest.approx([0.179, 0.292, 0.529], abs=1e-3)
+    theta = reference.log().clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([theta], lr=0.02)
+    for _ in range(200):
+        old = theta.detach().log_softmax(0)
+        in_reward = beta if kl_in == "reward" else 0.0
+        each = shaped_rewards(old[:, None], reference.log()[:, None], rewards, torch.ones(3, 1), in_reward)[:, 0]
+        advantages = each - (old.exp() * each).sum()
+        for _ in range(2):
+            logprobs = theta.log_softmax(0)
+            loss, _ = clipped_surrogate(logprobs, old, advantages, 0.2)
+            if kl_in == "loss":
+                loss = loss + beta * 0.5 * (logprobs - reference.log()).square()
+            optimizer.zero_grad()
+            (old.exp() * loss).sum().backward()
+            optimizer.step()
+    assert 0.5 * (theta.softmax(0) - tilt).abs().sum() < 0.02
