@@ -19,10 +19,14 @@ from typing import Any
 import torch
 
 from posttrain.disk import remove, whole_directory, writing
-from posttrain.errors import CheckpointError
+from posttrain.errors import CheckpointError, UserError
 
 NAME = re.compile(r"step-(\d{6,})")
 PARTS = ("model", "optimizer.pt", "rng.pt", "state.json")
+UNREADABLE = (
+    OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, pickle.UnpicklingError,
+)  # fmt: skip
+"""What loading a damaged file, or one that holds something else, may raise."""
 
 
 @dataclass
@@ -87,15 +91,14 @@ def reading(checkpoint: Path, part: str) -> Iterator[None]:
     """Whatever is wrong with a file of a checkpoint becomes a CheckpointError that says what to do."""
     try:
         yield
-    except CheckpointError:
+    except UserError:
         raise
-    except (
-        pickle.UnpicklingError
-    ) as error:  # torch's own words say how to load it all the same, which would run its code
-        reason = "it is damaged, or holds more than tensors and plain values"
-        raise CheckpointError(f"{checkpoint / part} cannot be read: {reason}; {way_out(checkpoint)}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except UNREADABLE as error:
         reason = (str(error).splitlines() or ["it is cut short"])[0]
+        if isinstance(
+            error, pickle.UnpicklingError
+        ):  # torch says how to load it all the same, which would run its code
+            reason = "it is damaged, or holds more than tensors and plain values"
         raise CheckpointError(f"{checkpoint / part} cannot be read: {reason}; {way_out(checkpoint)}") from error
 
 

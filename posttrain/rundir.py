@@ -80,7 +80,12 @@ def check_data(run: RunDir, fingerprint: str) -> None:
     record = run.path / "environment.json"
     if run.checkpoint is None or run.path.resolve() not in run.checkpoint.resolve().parents or not record.is_file():
         return
-    before = json.loads(record.read_text(encoding="utf-8")).get("data_fingerprint")
+    try:
+        before = json.loads(record.read_text(encoding="utf-8")).get("data_fingerprint")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{record} cannot be read: {error}; it says which data the run began with: if that is the data given now, delete it"
+        ) from error
     if before not in (None, fingerprint):
         raise CheckpointError(
             f"{run.path} was begun with other data: the files of data.train or data.eval have changed since. Restore them, "

@@ -176,7 +176,7 @@ def seed_everything(seed: int, rank: int) -> None:
 def rng_state() -> dict[str, Any]:
     """Everything random in this process, for a checkpoint."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    numpy = (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest)  # tensors and plain values: safe to load
+    numpy = (kind, np.asarray(keys).tolist(), *rest)  # plain values: safe to load
     state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -186,8 +186,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Back to where `rng_state` was called."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

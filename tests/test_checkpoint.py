@@ -92,6 +92,15 @@ def test_a_damaged_adapter(made: Path, run: Run, part: str) -> None:
         run(*OFTEN, "stage=lora")
 
 
+def test_a_damaged_record_of_the_data(made: Path, run: Run) -> None:
+    a_run(made, run)
+    spoil(Path("r/environment.json"), "cut")
+    with pytest.raises(CheckpointError, match=r"r/environment\.json cannot be read: .* delete it"):
+        run(*OFTEN)
+    Path("r/environment.json").unlink()
+    assert run(*OFTEN).steps == 4
+
+
 def test_random_states_come_back_from_plain_values() -> None:
     import random
 

@@ -1,13 +1,18 @@
-"""What a plan says of examples that alone take more than one forward should."""
+"""Examples too long for one forward are told, those too long for a sliding window refused; of a stream any may come."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import small_arguments
 
+from posttrain import layout
 from posttrain.cli import main
+from posttrain.errors import ModelError
 
 
 @pytest.fixture
@@ -36,3 +41,24 @@ def test_longer_than_one_forward_should_be(said: Callable[..., str]) -> None:
     may_come = "examples of more tokens than batch.micro_tokens=63 may come, for data.max_length=64: each has a forward"
     assert may_come in said(*streamed, "batch.micro_tokens=63")
     assert "may come" not in said(*streamed, "batch.micro_tokens=64")
+
+
+def test_past_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first examples of a stream, all that are known, are short; data.max_length says what may come."""
+    monkeypatch.setattr(layout, "sliding_window", lambda network: 32)
+    policy: Any = SimpleNamespace(network=SimpleNamespace(config=SimpleNamespace(model_type="mistral")))
+    short: Any = SimpleNamespace(train=Lengths([8, 30]), eval=Lengths([9]), stream=None)
+    layout._check_window(policy, short, "shared", max_length=64)
+    short.stream = object()
+    layout._check_window(policy, short, "shared", max_length=32)
+    layout._check_window(policy, short, "padded", max_length=64)
+    with pytest.raises(ModelError, match="attends to 32 positions, and the longest example may have 64"):
+        layout._check_window(policy, short, "shared", max_length=64)
+
+
+class Lengths:
+    def __init__(self, longest: list[int]) -> None:
+        self.longest = np.array(longest)
+
+    def __len__(self) -> int:
+        return len(self.longest)

@@ -399,6 +399,10 @@ class TestRefused:
         write("a.jsonl", TEXTS)
         Path("a.json").write_text(json.dumps([{"text": text} for text in TEXTS[:5]]))
         assert list(map(text_of, prepared("data.train=a.jsonl", "data.eval=a.json").eval.groups(range(5)))) == TEXTS[:5]
+        rows = [{"prompt": f"{n % 5}+1=", "completion": str(n), "reward": n} for n in range(10)]
+        Path("scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        joined = prepared("stage=sft", "data.train=embedded:prompt_completion:150", "data.eval=scored.jsonl").eval
+        assert list(map(text_of, joined.groups(range(len(joined))))) == [f"{n}+1={n + 5}" for n in range(5)]
 
     def test_rows_that_must_be_joined(self) -> None:
         Path("a.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "reward": 1}) + "\n")
