@@ -131,6 +131,12 @@ def assert_quantized(model: nn.Module) -> int:
     return count
 
 
+def parameter_count(module: nn.Module) -> int:
+    """Parameters as the architecture has them: two of 4 bits share a byte in memory."""
+    states = ((p, getattr(p, "quant_state", None)) for p in module.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
+
+
 def _keep_differentiable(model: nn.Module) -> None:
     """On processors with AVX512-BF16, bitsandbytes repacks a 4-bit layer at its first evaluation and from then on multiplies
     by a kernel without a backward: gradients stop there, in training too."""
