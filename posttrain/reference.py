@@ -7,7 +7,7 @@ adapter the adapter as it came), or the model at model.reference. What is kept i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -87,16 +87,17 @@ def attach(
     keys: dict[str, str],
     start: Policy | None,
     probed: list[int],
+    tell: Callable[[str], None],
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Give prepared's datasets the reference's log-probs where the stage wants them.
 
     keys: of an earlier part of this run. start: the policy where it is still the start, else None. Returns the keys that were
-    used and what the start-up check, on the training examples `probed`, found.
+    used and what the start-up check, on the training examples `probed`, found. tell: says what takes long.
     """
     wanted = cfg.stage.needs_reference(_sampler_known(prepared.train))
     if wanted == "never":
         return {}, {}
-    reference = Reference(cfg, runtime, packing, keys, prepared.train.groups(probed))
+    reference = Reference(cfg, runtime, packing, keys, prepared.train.groups(probed), tell)
     if len(prepared.eval):
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, start)
     if wanted != "always":
@@ -130,8 +131,10 @@ class Reference:
         packing: Packing,
         keys: dict[str, str],
         examples: list[TokenGroup],
+        tell: Callable[[str], None],
     ) -> None:
         """examples: real ones that a model given as reference is checked with."""
+        self.tell = tell
         self.cfg, self.runtime, self.packing = cfg, runtime, packing
         self.examples = examples
         self.keys = dict(keys)
@@ -147,6 +150,8 @@ class Reference:
             known = self._stored(self.keys[side])
         if known is None:
             assert self._policy is not None
+            what = {"train": "training", "eval": "evaluation"}[side]
+            self.tell(f"the reference reads {len(data):,} {what} examples, once (kept in data.cache) ...")
             known = token_logprobs(self._policy, data, self.packing, self.runtime)
             self._store(self.keys[side], known)
         return data.with_reference(known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
@@ -129,7 +130,8 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
 def next_commands(summary: Summary, module: Any, pads: bool = True) -> list[tuple[str, str]]:
     """What a user may want to type now. module: the policy or reward model; pads: whether it can be given several texts at
     once."""
-    run, talks = summary.run_dir, not isinstance(module, RewardModel)
+    run = summary.run_dir
+    samples = "samples.jsonl, " if (Path(run) / "samples.jsonl").is_file() else ""
     use = ("talk to it", f"posttrain chat {run}")
     if isinstance(module, RewardModel):
         alone = "" if pads else ", one text at a time: it has no pad token"
@@ -143,7 +145,7 @@ def next_commands(summary: Summary, module: Any, pads: bool = True) -> list[tupl
             )
     return [
         use,
-        ("its files", f"{run}/model (weights), metrics.jsonl, {'samples.jsonl, ' if talks else ''}summary.json"),
+        ("its files", f"{run}/model (weights), metrics.jsonl, {samples}summary.json"),
         ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps} run.dir={run}-longer"),
     ]
 

@@ -52,7 +52,7 @@ def _evaluate(cfg: Config, runtime: Runtime) -> Summary:
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
     _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
     if cfg.stage.needs_reference(False) != "never":
-        reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed))
+        reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed), console.line)
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
