@@ -68,8 +68,8 @@ def add_adapter(
     if adapter.path:
         if scores and not is_reward_model(adapter.path):
             raise ModelError(
-                f"adapter.path={adapter.path} is of a language model and has no score layer; fold it in with posttrain merge, "
-                "and give the result as model.path"
+                f"adapter.path={adapter.path} is of a language model and has no score layer; give it as "
+                f"model.path={adapter.path} without adapter.path: it is folded into its base, under a fresh adapter"
             )
         peft_model: Any = _load(model, adapter.path)
         described = f"{adapter.name} from {adapter.path}"

@@ -99,7 +99,7 @@ def test_other_poolings_say_so(run: Run, pooling: str) -> None:
 
 def test_an_adapter_of_a_language_model_is_no_reward_model(run: Run) -> None:
     run("adapter=lora", "run.dir=a", "optim.lr=1e-3")
-    with pytest.raises(ModelError, match="posttrain merge"):
+    with pytest.raises(ModelError, match=r"give it as model\.path=a/model"):
         run(*PAIRS, "adapter=lora", "adapter.path=a/model", "run.dir=b")
 
 
