@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

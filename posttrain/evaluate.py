@@ -114,7 +114,8 @@ class Evaluator:
         clusters = [c for part in parts for c in part[1]]
         columns = {name: np.concatenate([part[2][name] for part in parts]) for name in parts[0][2]}
         unused = {name.removesuffix("_count") for name, c in columns.items() if name.endswith("_count") and not c.any()}
-        columns = {n: c for n, c in columns.items() if n.rpartition("_")[0] not in unused or n in ("bin_count",)}
+        unused |= {"grid"} if "margin" in unused else set()  # responses judged one by one make no pairs
+        columns = {n: c for n, c in columns.items() if n.rpartition("_")[0] not in unused}
         order = np.argsort(np.array(ids), kind="stable")
         ids, clusters = [ids[i] for i in order], [clusters[i] for i in order]
         columns = {name: column[order] for name, column in columns.items()}

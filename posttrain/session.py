@@ -114,7 +114,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
-    state.reference, found = reference.attach(cfg, runtime, prepared, loader.packing, state.reference, start, probed)
+    state.reference, found = reference.attach(
+        cfg, runtime, prepared, loader.packing, state.reference, start, probed, console.line
+    )
     set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):

@@ -15,6 +15,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from warm import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("POSTTRAIN_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -23,9 +24,25 @@ FETCH = SHARED_DATA.parent / "tools" / "fetch_smollm2.py"
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test runs in an empty folder; the token cache is shared by a worker's tests, never the user's."""
+    """Each test runs in an empty folder; the token cache is shared by a worker's tests, never the user's.
+
+    Nothing waits for the disk: no test cuts the power. Processes of their own (tests/process_server.py) do wait.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="session")
+def warm_process() -> None:
+    """This process is made ready for many runs."""
+    warm()
+
+
+@pytest.fixture
+def no_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs of the real model, whose checkpoints are 1.6 GB each and of which nothing is read again."""
+    monkeypatch.setattr("posttrain.train.checkpoint.save", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +87,7 @@ def mixture() -> None:
 
 
 @pytest.fixture
-def run() -> Callable[..., Any]:
+def run(warm_process: None) -> Callable[..., Any]:
     """Run a stage in this process: run("stage=sft", "train.steps=3") → Summary. Small unless told otherwise."""
     from posttrain import run as posttrain_run
 
@@ -81,11 +98,12 @@ def run() -> Callable[..., Any]:
 
 
 SMALL = {
-    "train.steps": "4", "train.log_every": "1", "batch.size": "8", "eval.generate": "0", "eval.resamples": "200",
-    "data.train": "embedded:prompt_completion:200", "data.eval": "embedded:prompt_completion:40:held_out",
-    "model.path": "embedded", "precision": "fp32", "data.max_length": "64", "optim.lr": "1e-4",
+    "train.steps": "4", "train.log_every": "1", "train.eval_every": "1000", "batch.size": "8", "eval.generate": "0",
+    "eval.resamples": "200", "data.train": "embedded:prompt_completion:200",
+    "data.eval": "embedded:prompt_completion:40:held_out", "model.path": "embedded", "precision": "fp32",
+    "data.max_length": "64", "optim.lr": "1e-4",
 }  # fmt: skip
-"""The settings of `run`, for those who need them as arguments."""
+"""The settings of `run`, for those who need them as arguments. It evaluates and saves at its end."""
 
 
 def small_arguments(*overrides: str) -> list[str]:

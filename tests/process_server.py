@@ -19,7 +19,6 @@ A rank that dies of SIGKILL takes the others along, as a machine that fails does
 """
 
 import functools
-import gc
 import importlib
 import json
 import math
@@ -29,6 +28,8 @@ import signal
 import socket
 import sys
 import time
+
+from warm import warm
 
 LIMIT_S = 100
 
@@ -179,14 +180,10 @@ def main():
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    import posttrain.tools.evaluate
-    import posttrain.train  # noqa: F401
-    from posttrain.config import resolve
+    import posttrain.tools.evaluate  # noqa: F401
 
-    resolve(["model.path=embedded", "data.train=x.jsonl"])
     get_checkpoint_conversion_mapping("llama")
-    gc.collect()
-    gc.freeze()
+    warm()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
 

@@ -17,6 +17,7 @@ from conftest import small_arguments
 from posttrain.cli import main
 from posttrain.models.embedded import DIRECTORY
 
+pytestmark = pytest.mark.usefixtures("warm_process")
 Run = Callable[..., Any]
 FEW_LINES = 6
 
@@ -127,7 +128,9 @@ def test_a_data_file(capfd: pytest.CaptureFixture[str], rows: list[Any], words: 
 
 def test_a_missing_file_names_its_neighbour(capfd: pytest.CaptureFixture[str]) -> None:
     write("train.jsonl", ROW)
-    assert "did you mean trian.jsonl" not in tell(capfd, "data.train=trian.jsonl")
+    said = tell(capfd, "data.train=poems.jsonl")
+    assert "poems.jsonl: no such file; . has none like it" in said
+    assert "did you mean" not in said
     assert "trian.jsonl: no such file; did you mean train.jsonl?" in tell(capfd, "data.train=trian.jsonl")
     assert "the folder nowhere does not exist" in tell(capfd, "data.eval=nowhere/d.jsonl")
 

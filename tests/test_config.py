@@ -14,7 +14,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import posttrain
-from posttrain.config import SECTIONS, Config, check_processes, resolve
+from posttrain.config import SECTIONS, Config, check_processes, compose, resolve
 from posttrain.config.folders import read_yaml
 from posttrain.config.layers import CHOSEN_BY_NAME, flatten
 from posttrain.errors import ConfigError
@@ -35,6 +35,12 @@ def message(*argv: str) -> str:
     with pytest.raises(ConfigError) as caught:
         resolve(argv)
     return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _composes_anew(monkeypatch):
+    """Other tests of this process remember what Hydra composes (tests/warm.py)."""
+    monkeypatch.setattr(compose, "_compose", getattr(compose._compose, "__wrapped__", compose._compose))
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from posttrain.data.formats import detect_format
 from posttrain.places import package_folder
 from posttrain.stages.base import find, names
 
+pytestmark = pytest.mark.usefixtures("warm_process")
 ROOT = Path(__file__).resolve().parent.parent
 README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 RECIPES = sorted(package_folder("recipes").glob("*.yaml"))
@@ -38,7 +39,7 @@ PROGRAMS = ("posttrain", "make", "pip", "torchrun", "accelerate", "cp")
 SMALL = {
     "train.steps": "2",
     "schedule.warmup_steps": "1",
-    "train.save_every": "100",
+    "train.eval_every": "100",
     "data.max_length": "64",
     "data.train_limit": "64",
     "data.eval_limit": "8",

@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import reference, session
 from posttrain.data import embedded
+from posttrain.data.batches import collate
+from posttrain.data.packing import Packing
+from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ConfigError, ModelError
 from posttrain.evaluate import read_records
 from posttrain.models.embedded import DIRECTORY
+from posttrain.models.policy import Policy
 
 Run = Callable[..., Any]
 PAIRS = ["stage=dpo", "data.train=embedded:pairs:80", "data.eval=embedded:pairs:20:held_out", "data.cache=cache"]
@@ -109,12 +115,31 @@ def test_a_run_goes_on_without_the_cache(run: Run) -> None:
     assert_same_weights("r", "whole", 0.0)
 
 
-def test_a_cache_that_is_of_something_else_is_found_out(run: Run) -> None:
-    run(*PAIRS, "run.dir=a")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cache_that_is_of_something_else_is_found_out(run: Run, precision: str) -> None:
+    """Answers of two or three tokens, half a nat off at each."""
+    run(*PAIRS, f"precision={precision}", "run.dir=a")
     for path in stored():
         np.save(path, np.load(path) + np.float32(0.5))
     with pytest.raises(ModelError, match=r"differs from its own stored log-probs.*data\.cache"):
-        run(*PAIRS, "run.dir=b")
+        run(*PAIRS, f"precision={precision}", "run.dir=b")
+
+
+def test_what_rounding_adds_up_to_over_a_long_response_is_no_mismatch() -> None:
+    """4,000 tokens that bf16 rounds by .06 each, to one side a little more often: 4 nats."""
+    policy = Policy(AutoModelForCausalLM.from_pretrained(DIRECTORY))
+    runtime: Any = SimpleNamespace(device=torch.device("cpu"), precision="bf16", autocast=nullcontext)
+    tokens = torch.randint(3, 95, (4000,)).tolist()
+    group = TokenGroup("g", "g", [1, 2], [tokens], [[True] * 4000], [4000], [4000], "{}", [1.0])
+    batch = collate([group], [[0]], "padded")
+    with torch.no_grad():
+        logprobs = policy(batch).logprobs
+    rounding = 0.06 * torch.tensor([1.0, -1.0] * 2000) + 0.001
+    for off, refused in ((rounding, False), (rounding + 0.02, True)):
+        group.reference = (logprobs + off).numpy()
+        told = pytest.raises(ModelError, match="in a response of 4000 tokens") if refused else nullcontext()
+        with told:
+            assert reference.check_start(policy, [group], Packing("padded", 8192), runtime) == pytest.approx(4, abs=0.1)
 
 
 def test_another_vocabulary_is_refused(run: Run) -> None:

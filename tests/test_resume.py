@@ -9,13 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import small_arguments
 from safetensors.torch import load_file
 
 from posttrain.errors import CheckpointError, ConfigError
@@ -287,18 +289,50 @@ def test_a_signal_finishes_the_step_saves_and_says_its_status(
     assert summary("r") == summary(expected)
 
 
-def test_a_second_signal_stops_at_once_and_a_process_of_the_command_line_hears_the_first() -> None:
-    command = [sys.executable, "-m", "posttrain", "stage=sft", "train.steps=100000", "train.eval_every=100000"]
-    with subprocess.Popen(
-        [*command, "run.dir=r"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if line.startswith("step 10/"))
+@contextmanager
+def command_line(*overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """posttrain as a shell starts it, for longer than any test."""
+    command = [sys.executable, "-m", "posttrain", *small_arguments("train.steps=100000", "run.dir=r", *overrides)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    """Until it says so."""
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if words in line:
+            return
+    raise AssertionError("".join(said))
+
+
+def test_a_process_of_the_command_line_hears_a_signal() -> None:
+    with command_line() as process:
+        wait_for(process, "step 10/")
         process.send_signal(signal.SIGTERM)
-        output = process.stdout.read()
-        assert process.wait(60) == 143, output
+        wait_for(process, "finishing this step and saving")
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 143, output
     (saved,) = Path("r/checkpoints").iterdir()
     assert int(saved.name[5:]) >= 10
+
+
+def test_a_second_signal_to_it_stops_at_once() -> None:
+    """In the middle of a step of minutes, which is neither finished nor saved."""
+    with command_line("batch.size=20000", "batch.micro_size=1") as process:
+        wait_for(process, "training\n")
+        process.send_signal(signal.SIGINT)
+        wait_for(process, "finishing this step and saving; send it again to stop at once")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGINT, output
+    assert not list(Path("r").glob("checkpoints/*"))
+    assert [line["step"] for line in log("r")] == [0]
 
 
 def test_a_second_signal_stops_at_once(posttrain_process: Run, whole: Path) -> None:

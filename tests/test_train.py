@@ -5,12 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import small_arguments
@@ -58,37 +56,49 @@ SPLITS = {
     "shared": ["batch.layout=shared"],
     "shared, two forwards": ["batch.layout=shared", "batch.micro_size=4"],
 }
-PAIRS = ["data.train=embedded:pairs:200", "data.eval=embedded:pairs:40:held_out"]
-GROUPS = ["data.train=embedded:groups:200", "data.eval=embedded:groups:40:held_out"]
+PAIRS = ["data.train=embedded:pairs:200", "data.eval=embedded:pairs:20:held_out"]
+GROUPS = ["data.train=embedded:groups:200", "data.eval=embedded:groups:20:held_out"]
+STEADY = ["optim.lr=1e-3", "optim.eps=0.1", "train.steps=10", "train.save_every=5",
+          "data.eval=embedded:prompt_completion:20:held_out"]  # fmt: skip
+"""AdamW's first steps divide each gradient by its own size, and so make of rounding whole steps; a large eps does not."""
+SLOW = ["optim.lr=3e-4"]
+"""At more these losses, sums of terms that cancel, leave the neighbourhood of the reference and magnify rounding."""
 STAGES = {
     "sft": [],
     "sft by sequence": ["stage.normalize=sequence"],
     "sft smoothed": ["stage.label_smoothing=0.1"],
     "lora": ["stage=lora", "optim.lr=1e-3"],
-    "pretrain": ["stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:40:held_out"],
+    "pretrain": ["stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:20:held_out"],
     "dpo": ["stage=dpo", *PAIRS],
     "dpo lora": ["stage=dpo", "adapter=lora", *PAIRS],
     "ipo of groups": ["stage=dpo", "stage.link=squared", *GROUPS],
     "orpo": ["stage=dpo", "stage.link=odds_ratio", "stage.nll_weight=1", *PAIRS],
-    "gpro": ["stage=gpro", *GROUPS],
-    "gpro dual": ["stage=gpro", "stage.form=dual", *GROUPS],
+    "gpro": ["stage=gpro", *GROUPS, *SLOW],
+    "gpro dual": ["stage=gpro", "stage.form=dual", *GROUPS, *SLOW],
     "reward": ["stage=reward", *PAIRS],
     "reward of groups": ["stage=reward", "stage.objective=plackett_luce", "stage.pooling=mean", *GROUPS],
     "mixture": ["model.path=mixture", "model.init=config", "stage.aux_weight=0.1"],
 }
 """What must not depend on how the work is split, nor on padding or ranks (tests/test_ranks.py). A new stage joins here."""
-LOSSES, WEIGHTS, SCORES = 1e-5, 1e-4, 1e-6
-"""Tolerances: relative, absolute, relative at the same weights."""
+LOSSES, WEIGHTS, SCORES = 1e-5, 1e-6, 1e-6
+"""Tolerances: relative (near zero absolute, for the terms of a loss may cancel), absolute, relative at the same weights."""
+
+
+def assert_weights_move(run_dir: str | Path) -> None:
+    """From a STEADY run's first checkpoint to its end, much farther than they may differ from another's."""
+    first, end = weights(min((Path(run_dir) / "checkpoints").glob("step-*"))), weights(run_dir)
+    assert max(float((end[name] - tensor).abs().max()) for name, tensor in first.items()) > 25 * WEIGHTS
 
 
 @pytest.mark.usefixtures("mixture")
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_and_weights_do_not_depend_on_the_split(run: Run, stage: str) -> None:
-    options = [*STAGES[stage], "train.steps=10", "train.eval_every=10", "optim.lr=1e-5"]
+    options = [*STEADY, *STAGES[stage]]
     whole = run(*options, "run.dir=whole")
+    assert_weights_move("whole")
     for name, split in SPLITS.items():
-        other = run(*options, *split, f"run.dir={name.replace(' ', '-').replace(',', '')}")
-        assert losses(other.run_dir) == pytest.approx(losses("whole"), rel=LOSSES, abs=1e-6), name
+        other = run(*options, "train.save_every=10", *split, f"run.dir={name.replace(' ', '-').replace(',', '')}")
+        assert losses(other.run_dir) == pytest.approx(losses("whole"), rel=LOSSES, abs=LOSSES), name
         assert norms(other.run_dir) == pytest.approx(norms("whole"), rel=1e-4, abs=1e-7), name  # AdamW hides a scale
         assert_same_weights("whole", other.run_dir, WEIGHTS)
         for metric in {"nll", "perplexity", "token_accuracy", "brier", "margin", "kl", "reward"} & whole.start.keys():
@@ -163,16 +173,17 @@ def on_two_ranks(*arguments: str) -> str:
 
 def test_a_streamed_run_of_one_rank_goes_on_with_two(run: Run) -> None:
     """Its losses are those of one rank that never stopped, so the ranks share each step's examples."""
-    options = ["stage=pretrain", "data.train=[embedded:text:60,embedded:text:45]", "data.eval=", "data.streaming=true",
-               "data.shuffle_buffer=23", "data.eval_fraction=0.2", "batch.size=7", "train.steps=14", "train.eval_every=14",
-               "train.save_every=5", "train.keep_checkpoints=9"]  # fmt: skip
+    options = ["stage=pretrain", *STEADY, "data.train=[embedded:text:60,embedded:text:45]", "data.eval=", "data.streaming=true",
+               "data.shuffle_buffer=23", "data.eval_fraction=0.2", "batch.size=7", "train.steps=14",
+               "train.keep_checkpoints=9"]  # fmt: skip
     run(*options, "run.dir=one")
     arguments = [argument for argument in small_arguments(*options, "run.dir=two") if not argument.endswith("=")]
     said = on_two_ranks(*arguments, "train.resume=one/checkpoints/step-000005")
     assert "goes on in block" in said
     assert len(losses("two")) == 14 - 5
     assert losses("two") == pytest.approx(losses("one")[5:], rel=1e-5)
-    assert_same_weights("one", "two", 1e-4)
+    assert_same_weights("one", "two", WEIGHTS)
+    assert_weights_move("one")
     states = [json.loads(Path(f"{name}/checkpoints/step-000014/state.json").read_text()) for name in ("one", "two")]
     assert states[0]["stream"] == states[1]["stream"]
     assert states[0]["stream"]["feeds"][0]["epoch"] > 0
@@ -269,14 +280,24 @@ def test_the_saved_model_scores_what_the_summary_says(run: Run) -> None:
 
 
 def test_mixed_sources_have_their_share(run: Run) -> None:
-    run("data.train=[embedded:prompt_completion:100,embedded:text:100]", "stage=pretrain", "data.mix=[3,1]",
-        "data.eval=embedded:text:20:held_out", "data.format=auto", "train.steps=2", "run.dir=r")  # fmt: skip
-    assert np.isfinite(losses("r")).all()
+    """An epoch has as many documents as there are: of 200, 150 of 10 characters and 50 of 20, each closed by a token."""
+    for name, text in (("short", "1+1=2 2+2="), ("long", "1+1=2 2+2=4 3+3=6 4+")):
+        Path(f"{name}.jsonl").write_text((json.dumps({"text": text}) + "\n") * 100)
+    data = ["stage=pretrain", "data.train=[short.jsonl,long.jsonl]", "data.eval=embedded:text:20:held_out"]
+    even = run(*data, "batch.size=50", "run.dir=even")
+    mixed = run(*data, "batch.size=50", "data.mix=[3,1]", "run.dir=mixed")
+    assert (even.steps, even.trained_tokens) == (4, 100 * 10 + 100 * 20)
+    assert (mixed.steps, mixed.trained_tokens) == (4, 150 * 10 + 50 * 20)
 
 
-def test_time_is_not_wasted_waiting(run: Run) -> None:
-    """A second run over the same data finds its tokens."""
-    run("run.dir=a")
-    began = time.monotonic()
-    run("run.dir=b", "train.steps=1")
-    assert time.monotonic() - began < 60
+def test_a_second_run_finds_the_tokens_of_the_first(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("data.cache=cache", "train.steps=1")
+    run(*options, "run.dir=a")
+
+    def never(*_: Any) -> None:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr("posttrain.data.pipeline.Tokenizer", never)
+    run(*options, "run.dir=b", "optim.lr=1e-5")
+    with pytest.raises(AssertionError, match="tokenised again"):
+        run(*options, "run.dir=c", "data.max_length=48")

@@ -69,8 +69,8 @@ def add_adapter(
     if adapter.path:
         if scores and not is_reward_model(adapter.path):
             raise ModelError(
-                f"adapter.path={adapter.path} is of a language model and has no score layer; fold it in with posttrain merge, "
-                "and give the result as model.path"
+                f"adapter.path={adapter.path} is of a language model and has no score layer; give it as "
+                f"model.path={adapter.path} without adapter.path: it is folded into its base, under a fresh adapter"
             )
         peft_model: Any = _load(model, adapter.path)
         described = f"{adapter.name} from {adapter.path}"
@@ -130,6 +130,12 @@ def assert_quantized(model: nn.Module) -> int:
     if not count:
         raise ModelError("adapter=qlora, but no module of this model was quantised to 4 bits; use adapter=lora")
     return count
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters as the architecture has them: two of 4 bits share a byte in memory."""
+    states = ((p, getattr(p, "quant_state", None)) for p in module.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
 
 
 def _keep_differentiable(model: nn.Module) -> None:

@@ -60,13 +60,15 @@ def _write_dtype(directory: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def set_padding(network: Any, tokenizer: Any, ends: set[int]) -> Any:
-    """The tokenizer with a pad token that no rendered text holds, the config with its id: transformers' class scores the
-    last token that is not it, and with pad = end-of-turn would score the one before.
+NO_PADDING = (
+    "the tokenizer has no special token to spare for padding, so the reward model is saved without one: transformers scores "
+    "its texts one at a time, and refuses several in a batch"
+)
 
-    The tokenizer's own pad, if it is apart; else its unknown token or another special one that neither ends a turn nor
-    begins a text. Where there is none the model is saved without a pad id and scores rows one at a time.
-    """
+
+def free_pad(tokenizer: Any, ends: set[int]) -> int | None:
+    """A token to pad with that no rendered text holds: the tokenizer's own pad, if it is apart; else its unknown token or
+    another special one that neither ends a turn nor begins a text; None where there is none, as in gpt2's."""
     taken = {*ends, tokenizer.eos_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids}
     taken -= {tokenizer.pad_token_id, tokenizer.unk_token_id}
     template = tokenizer.chat_template or ""
@@ -74,8 +76,15 @@ def set_padding(network: Any, tokenizer: Any, ends: set[int]) -> Any:
     named = [i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id) if i is not None]
     free = [i for i in [*named, *added] if i not in taken | {tokenizer.eos_token_id, *ends}]
     free = [i for i in free if tokenizer.convert_ids_to_tokens(i) not in str(template)]
+    return free[0] if free else None
+
+
+def set_padding(network: Any, tokenizer: Any, ends: set[int]) -> Any:
+    """The tokenizer with a pad token that no rendered text holds, the config with its id: transformers' class scores the
+    last token that is not it, and with pad = end-of-turn would score the one before. Where there is none the model is saved
+    without a pad id and scores rows one at a time."""
     padded = copy.deepcopy(tokenizer)
-    pad = free[0] if free else None
+    pad = free_pad(tokenizer, ends)
     if pad is not None:
         padded.pad_token = tokenizer.convert_ids_to_tokens(pad)
     padded.padding_side = "right"

@@ -139,7 +139,9 @@ def number(value: float | None) -> str:
 
 
 def interval(estimate: Any) -> str:
-    """value [low, high]"""
+    """value [low, high]; (a bound) where a fit ended at the edge of where it looked."""
+    if "is a bound" in (getattr(estimate, "method", None) or ""):
+        return f"{number(estimate.value)} (a bound)"
     if getattr(estimate, "low", None) is None:
         return number(getattr(estimate, "value", estimate))
     return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"

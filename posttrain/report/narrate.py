@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
 from posttrain.evaluate import Evaluation, Sample
+from posttrain.models.adapters import parameter_count
+from posttrain.models.export import NO_PADDING, free_pad
 from posttrain.models.lineage import folded
 from posttrain.models.reward import RewardModel
 from posttrain.report.console import interval, number
@@ -31,7 +34,8 @@ def plan(session: Session) -> None:
     """Before anything is trained: what will happen, and one example as the model sees it."""
     cfg, console, prepared = session.cfg, session.console, session.prepared
     console.facts(f"posttrain {cfg.stage_name}", plan_rows(session))
-    for line in prepared.lines:
+    pads = free_pad(session.networks.tokenizer, session.ends) is not None
+    for line in [*prepared.lines, *([] if cfg.stage.generates or pads else [NO_PADDING])]:
         console.line(f"  · {line}")
     example = prepared.train.groups([0])[0]
     if example.count:
@@ -50,7 +54,7 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     """What: value, for the plan's table."""
     cfg, prepared, loader = session.cfg, session.prepared, session.loader
     module = session.networks.module
-    total = sum(p.numel() for p in module.parameters())
+    total = parameter_count(module)
     trained = sum(p.numel() for p in session.networks.parameters)
     size = f"{cfg.batch.size} examples" if cfg.batch.size else f"about {cfg.batch.tokens:,} tokens"
     drawn = session.draws or session.steps // cfg.stage.updates * (cfg.batch.size or 0)
@@ -58,8 +62,10 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     epochs = f" ({drawn / len(prepared.train):.2g} epochs)" if known else ""
     where = f"{session.run.path}" + (f" (continues at step {session.state.step})" if session.state.step else "")
     dtype = str(module.network.dtype).removeprefix("torch.")
+    dtype = f"4 bits and {dtype}" if cfg.adapter.name == "qlora" else dtype
     layout = loader.packing.layout
     reference = cfg.model.reference or "the policy as it starts"
+    stops = ", ".join(repr(session.networks.tokenizer.decode([i])) for i in sorted(session.ends))
     return [
         (
             "model",
@@ -76,7 +82,7 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
         ("device", session.runtime.describe()),
         ("checked", ", ".join(f"{k} agrees to {v:.0e}" for k, v in session.probe.items())),
         *([("reference", f"{reference}: log-probs computed once")] if session.state.reference else []),
-        ("stops at", ", ".join(repr(session.networks.tokenizer.decode([i])) for i in sorted(session.ends))),
+        *([("stops at", stops)] if cfg.stage.generates else []),
         ("run", where),
     ]
 
@@ -122,15 +128,19 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
         )
     elif first is not None and last is not None and last.metrics and not summary.best_checkpoint:
         console.line(f"no later evaluation beat the start's {session.cfg.stage.watches}: there is no best checkpoint")
-    console.facts("next", next_commands(summary, session.networks.module))
+    pads = free_pad(session.networks.tokenizer, session.ends) is not None
+    console.facts("next", next_commands(summary, session.networks.module, pads))
 
 
-def next_commands(summary: Summary, module: Any) -> list[tuple[str, str]]:
-    """What a user may want to type now. module: the policy or reward model."""
-    run, talks = summary.run_dir, not isinstance(module, RewardModel)
+def next_commands(summary: Summary, module: Any, pads: bool = True) -> list[tuple[str, str]]:
+    """What a user may want to type now. module: the policy or reward model; pads: whether it can be given several texts at
+    once."""
+    run = summary.run_dir
+    samples = "samples.jsonl, " if (Path(run) / "samples.jsonl").is_file() else ""
     use = ("talk to it", f"posttrain chat {run}")
     if isinstance(module, RewardModel):
-        use = ("load it", f"AutoModelForSequenceClassification.from_pretrained('{run}/model')")
+        alone = "" if pads else ", one text at a time: it has no pad token"
+        use = ("load it", f"AutoModelForSequenceClassification.from_pretrained('{run}/model'){alone}")
         if module.model is not module.network:
             use = ("whole weights", f"posttrain merge {run} {run}-merged")
         if module.pooling != "last":
@@ -140,7 +150,7 @@ def next_commands(summary: Summary, module: Any) -> list[tuple[str, str]]:
             )
     return [
         use,
-        ("its files", f"{run}/model (weights), metrics.jsonl, {'samples.jsonl, ' if talks else ''}summary.json"),
+        ("its files", f"{run}/model (weights), metrics.jsonl, {samples}summary.json"),
         ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps} run.dir={run}-longer"),
     ]
 

@@ -44,7 +44,10 @@ class DPO(Preference):
     """β and the link; see the module's equation. Variants: SimPO (arXiv:2405.14734) is reference_free and length_normalized
     with target_margin γ; ORPO (arXiv:2403.07691, eq. 6) is link=odds_ratio with nll_weight=1, its λ being β."""
 
-    useless: ClassVar[str] = "prompts without a better and a worse response (K = 1, or all tied)"
+    useless: ClassVar[str] = (
+        "prompts without a better and a worse response (K = 1, or all tied); stage=gpro stage.form=dual stage.target=reward "
+        "reads responses one by one"
+    )
 
     beta: float = field(default=0.1, metadata={"above": 0})
     link: Link = "logistic"

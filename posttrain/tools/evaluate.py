@@ -54,7 +54,7 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
     _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
     prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     if cfg.stage.needs_reference(False) != "never":
-        reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed))
+        reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed), console.line)
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)

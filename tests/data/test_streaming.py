@@ -18,7 +18,6 @@ from posttrain.config import resolve
 from posttrain.data.loader import Step
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
-from posttrain.data.sources import load_hub
 from posttrain.data.streaming import readers
 from posttrain.data.streaming.prepare import prepare_stream
 from posttrain.data.streaming.stream import Stream, StreamLoader
@@ -200,8 +199,7 @@ class TestGoingBack:
     def test_to_any_place_gives_what_came_after_it(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Saved as JSON at many places of two epochs and taken up in a new process: the same examples, the same counts."""
         monkeypatch.setattr("posttrain.data.streaming.readers.BATCH", 16)
-        if kind == "hub":
-            _local_hub(monkeypatch)
+        asked = _local_hub(monkeypatch)
         whole = stream(*KINDS[kind])
         states, seen = [], []
         for _ in range(500):
@@ -213,6 +211,7 @@ class TestGoingBack:
             again.restore(json.loads(states[at]))
             assert take(again, 500 - at) == seen[at:], at
             assert again.tally == whole.tally, at
+        assert set(asked) == ({("set", None, "train", True)} if kind == "hub" else set())  # never downloaded whole
 
     def test_reads_a_line_of_json_no_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Sought, not read forward: of the lines before the block's first batch none is parsed again."""
@@ -251,16 +250,18 @@ class TestGoingBack:
             stream("data.train=a.jsonl", "data.shuffle_buffer=49").restore(state)
 
 
-def _local_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hub:set is the folder of that name, read by the hub's own library as it streams."""
+def _local_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """hub:set is the folder of that name, read by the hub's own library as it streams. What that was asked for."""
     import datasets
 
-    def load(source: str, streaming: bool = False) -> Any:
-        assert streaming, "a streamed data set is never downloaded whole"
-        return datasets.load_dataset("parquet", data_files="set/*.parquet", split="train", streaming=True)
+    load, asked = datasets.load_dataset, []
 
-    assert load_hub
-    monkeypatch.setattr("posttrain.data.streaming.cursors.load_hub", load)
+    def local(name: str, config: str | None, split: str, streaming: bool = False) -> Any:
+        asked.append((name, config, split, streaming))
+        return load("parquet", data_files=f"{name}/*.parquet", split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    return asked
 
 
 @pytest.mark.usefixtures("files")

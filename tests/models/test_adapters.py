@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from posttrain.data.batches import collate
 from posttrain.errors import ModelError
-from posttrain.models.adapters import add_adapter, find_targets, quantization
+from posttrain.models.adapters import add_adapter, find_targets, parameter_count, quantization
 from posttrain.models.load import load_model
 from posttrain.models.policy import Policy
 
@@ -30,6 +30,10 @@ NO_QV = ("mamba", "mamba2", "falcon_mamba")
 
 def lora(targets: str | list[str]) -> Any:
     return SimpleNamespace(name="lora", path=None, targets=targets, rank=2, alpha=4, dropout=0.0, rslora=False)
+
+
+def adapter_size(network: Any) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def leaves(names: list[str]) -> set[str]:
@@ -93,6 +97,9 @@ def test_a_4_bit_base_passes_gradients_on_after_an_evaluation() -> None:
     base = load_model(model, config, torch.float32, 0, quantization(adapter, torch.float32))
     network, described = add_adapter(base, adapter, seed=0)
     assert "qlora rank 2" in described
+    assert parameter_count(base) == sum(p.numel() for p in families.network("llama").parameters()) + adapter_size(
+        network
+    )
     ours, batch = Policy(network), collate(GROUPS, [[0], [1], [2]], "padded")
     weights = torch.ones(len(batch.targets))
 

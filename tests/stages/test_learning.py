@@ -6,6 +6,7 @@ import pytest
 
 import posttrain
 
+pytestmark = pytest.mark.usefixtures("warm_process")
 FEW = ["train.eval_every=1000", "eval.resamples=500", "train.log_every=20"]
 CASES = {
     "dpo": (["stage=dpo", "train.steps=60", "eval.generate=200"], "accuracy", 0.1),

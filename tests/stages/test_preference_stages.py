@@ -300,6 +300,20 @@ def test_settings_that_decide_the_groups_decide_the_cache(run) -> None:
     assert fewer.trained_tokens < 0.7 * every.trained_tokens
 
 
+def test_responses_judged_one_by_one_are_learnt_from_without_pairs(run) -> None:
+    """KTO's rows: no prompt has two responses, so there is no accuracy of pairs, and no calibration of one."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+        for i, row in enumerate(embedded.rows("pairs", 40))
+    ]
+    Path("kto.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data.train=kto.jsonl", "data.eval=kto.jsonl"]
+    found = run("stage=gpro", "stage.form=dual", "stage.target=reward", *data, "run.dir=r")
+    assert "pair_accuracy" not in found.metrics
+    assert "ece" not in found.metrics
+    assert found.metrics["objective"]["value"] < found.start["objective"]["value"]
+
+
 def test_what_the_sampler_is_known_for_is_all_or_none(run) -> None:
     rows = [{"prompt": f"{i}+1=", "responses": ["1", "2"], "rewards": [1, 0]} for i in range(9)]
     rows[3]["sampler_logprobs"] = [-1.0, -2.0]

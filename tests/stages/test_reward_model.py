@@ -1,6 +1,7 @@
 """A trained reward model is one that others load: transformers' classes and pipeline, peft, our own loader; the same scores."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from posttrain.tools.chat import chat
 from posttrain.tools.merge import merge
 
 Run = Callable[..., Any]
+ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 PAIRS = ["stage=reward", "data.train=embedded:pairs:200", "data.eval=embedded:pairs:40:held_out", "optim.lr=1e-3"]
 
 
@@ -97,7 +99,7 @@ def test_other_poolings_say_so(run: Run, pooling: str) -> None:
 
 def test_an_adapter_of_a_language_model_is_no_reward_model(run: Run) -> None:
     run("adapter=lora", "run.dir=a", "optim.lr=1e-3")
-    with pytest.raises(ModelError, match="posttrain merge"):
+    with pytest.raises(ModelError, match=r"give it as model\.path=a/model"):
         run(*PAIRS, "adapter=lora", "adapter.path=a/model", "run.dir=b")
 
 
@@ -105,6 +107,31 @@ def test_pad_is_a_token_of_no_text(run: Run) -> None:
     run(*PAIRS, "run.dir=r", "train.steps=1")
     tokenizer = AutoTokenizer.from_pretrained("r/model")
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, AutoTokenizer.from_pretrained(DIRECTORY).bos_token_id)
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_told_of(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """As gpt2's, whose one special token ends texts: what is saved scores one text at a time."""
+    shutil.copytree(DIRECTORY, "m")
+    for name, change in {
+        "tokenizer_config.json": {"pad_token": None, "unk_token": "<eos>"},
+        "tokenizer.json": {"added_tokens": [{"id": 1, "content": "<eos>", **ADDED}]},
+        "config.json": {"pad_token_id": None},
+    }.items():
+        file = Path("m") / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    run(*PAIRS, "model.path=m", "run.dir=r")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no special token to spare for padding" in told
+    assert "one text at a time" in told
+    model, saved = (c.from_pretrained("r/model") for c in (AutoModelForSequenceClassification, AutoTokenizer))
+    assert model.config.pad_token_id is None
+    chosen, _ = our_scores("r", 4)
+    ids = [saved(line, add_special_tokens=False, return_tensors="pt")["input_ids"] for line in texts("chosen")]
+    with torch.no_grad():
+        found = np.sort([float(model.eval()(row).logits) for row in ids])
+    np.testing.assert_allclose(found, chosen, atol=1e-5)
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        model(torch.tensor([[5, 6], [7, 8]]))
 
 
 def test_a_reward_model_does_not_chat(run: Run) -> None:
