@@ -45,7 +45,7 @@ def check(cfg: Config, tokenizer: Any) -> None:
     given = cfg.model.reference
     if given is None:
         return
-    if cfg.stage.needs_reference(False) == "never":
+    if cfg.stage.needs_reference(False) == "never" and not cfg.stage.keeps_reference:
         raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
     model = _model_of(cfg)
     with _told_of_reference():

@@ -150,7 +150,7 @@ def open_supply(
     supply = Supply(loader, draws, runtime, loader.packing, ends, pad, cfg.train.seed, state=state.stream)
     if cfg.stage.answer_tokens:
         supply.judge = open_judge(cfg, runtime, tokenizer)
-        supply.reference = frozen.open_frozen(cfg, runtime, start) if getattr(cfg.stage, "beta", 0) else None
+        supply.reference = frozen.open_frozen(cfg, runtime, start) if cfg.stage.keeps_reference else None
     return supply
 
 

@@ -133,6 +133,8 @@ def small(settings: dict[str, str], number: int, trains: bool) -> list[str]:
         del extra["train.steps"]
     if "data.mix" in settings:
         del extra["data.train_limit"]  # it would be filled from the first source
+    if "stage.rewards" in settings:
+        extra |= {"stage.max_new_tokens": "6", "stage.samples": "2"}
     model = settings.get("model.path")
     if (("model" in settings or "recipe" in settings) and model is None) or (model and not Path(model).exists()):
         extra["model.path"] = "embedded"
@@ -193,7 +195,7 @@ def write_files() -> None:
     alpaca = [{"instruction": row["prompt"], "input": "", "output": row["completion"]} for row in rows]
     pairs, groups = embedded.rows("pairs", 120), embedded.rows("groups", 60)
     files = {"my": rows, "test": rows[:20], "qa": qa, "gsm8k_train": qa, "gsm8k_test": qa[:20], "pairs": pairs,
-             "groups": groups, "gsm8k_pairs": pairs, "gsm8k_groups": groups}  # fmt: skip
+             "groups": groups, "prompts": embedded.rows("prompts", 120), "gsm8k_pairs": pairs, "gsm8k_groups": groups}  # fmt: skip
     for name, content in files.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     Path("alpaca.json").write_text(json.dumps(alpaca), encoding="utf-8")
@@ -245,7 +247,7 @@ def test_the_errors_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_of_scores_has_every_stages_scores() -> None:
-    kinds = {"sft": "prompt_completion", "dpo": "pairs", "gpro": "groups", "reward": "groups"}
+    kinds = {"sft": "prompt_completion", "dpo": "pairs", "gpro": "groups", "reward": "groups", "ppo": "prompts"}
     given = set()
     for stage, kind in kinds.items():
         data = [
@@ -262,8 +264,9 @@ def test_the_table_of_scores_has_every_stages_scores() -> None:
             "eval.max_new_tokens=4",
             "precision=fp32",
         ]
+        few += ["stage.max_new_tokens=4", "stage.rewards=[exact]"] if stage == "ppo" else []
         given |= posttrain.run([f"stage={stage}", f"run.dir={stage}", *few]).metrics.keys()
-    cells = [cell.replace(" (of pairs)", "").replace(" (gpro)", "") for cell, _ in tables(README, "score")]
+    cells = [cell.replace(" (of pairs)", "") for cell, _ in tables(README, "score")]
     assert {name for cell in cells for name in cell.split(", ")} == given
 
 

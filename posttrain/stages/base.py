@@ -120,6 +120,11 @@ class Stage:
         return False
 
     @property
+    def keeps_reference(self) -> bool:
+        """Whether the frozen reference itself is wanted while training, for what is sampled."""
+        return False
+
+    @property
     def answer_tokens(self) -> int:
         """Room that a prompt must leave for the answer; 0 where answers come with the data. A stage that has one samples."""
         return 0

@@ -51,7 +51,7 @@ __all__ = ["PPO", "clipped_surrogate", "gae", "group_advantages", "leave_one_out
 class PPO(Stage):
     """Sampling, rewards, advantages and the clipped objective; see the module's equations."""
 
-    data_formats: ClassVar[tuple[str, ...]] = ("prompts", "prompt_completion", "messages", "pairs", "groups", "scored")
+    data_formats: ClassVar[tuple[str, ...]] = ("prompts", "prompt_completion")
     streams: ClassVar[bool] = False
     watches: ClassVar[str] = "reward"
 
@@ -99,6 +99,10 @@ class PPO(Stage):
     @property
     def needs_critic(self) -> bool:
         return self.advantage == "gae"
+
+    @property
+    def keeps_reference(self) -> bool:
+        return self.beta > 0
 
     @property
     def answer_tokens(self) -> int:
