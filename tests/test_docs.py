@@ -195,7 +195,7 @@ def write_files() -> None:
     alpaca = [{"instruction": row["prompt"], "input": "", "output": row["completion"]} for row in rows]
     pairs, groups = embedded.rows("pairs", 120), embedded.rows("groups", 60)
     files = {"my": rows, "test": rows[:20], "qa": qa, "gsm8k_train": qa, "gsm8k_test": qa[:20], "pairs": pairs,
-             "groups": groups, "prompts": embedded.rows("prompts", 120), "gsm8k_pairs": pairs, "gsm8k_groups": groups}  # fmt: skip
+             "groups": groups, "prompts": embedded.rows("prompts", 60), "gsm8k_pairs": pairs, "gsm8k_groups": groups}  # fmt: skip
     for name, content in files.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     Path("alpaca.json").write_text(json.dumps(alpaca), encoding="utf-8")
