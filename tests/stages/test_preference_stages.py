@@ -300,6 +300,20 @@ def test_settings_that_decide_the_groups_decide_the_cache(run) -> None:
     assert fewer.trained_tokens < 0.7 * every.trained_tokens
 
 
+@pytest.mark.parametrize("form", ["weighted", "dual", "dual stage.target=reward", "pairwise"])
+def test_gpro_is_judged_by_the_loss_it_trains(run, form: str) -> None:
+    """On the very rows of a step that moves nothing, evaluation reads what the step's loss is."""
+    rows = embedded.rows("groups", 8)
+    rows[0]["responses"], rows[0]["rewards"] = rows[0]["responses"][:3], [0.0, 1.0, 0.5]
+    Path("g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moved = ["stage=gpro", *f"stage.form={form}".split(), "stage.beta=0.5", "data.train=g.jsonl", "data.eval=g.jsonl"]
+    run("optim.lr=1e-3", "run.dir=other")  # a reference that is not the start: z is not 0
+    summary = run(*moved, "model.reference=other", "optim.lr=1e-12", "train.steps=1", "run.dir=r")
+    told = [json.loads(line) for line in Path("r", "metrics.jsonl").read_text().splitlines()]
+    logged = next(line["metrics"] for line in told if line["split"] == "train")
+    assert logged["loss"] == pytest.approx(summary.start["objective"]["value"], rel=1e-4)
+
+
 def test_responses_judged_one_by_one_are_learnt_from_without_pairs(run) -> None:
     """KTO's rows: no prompt has two responses, so there is no accuracy of pairs, and no calibration of one."""
     rows = [
