@@ -80,8 +80,8 @@ def test_soft_labels_weigh_both_directions() -> None:
 
     class Networks:
         @staticmethod
-        def policy(_):
-            return type("S", (), {"logprobs": logprobs})
+        def policy(_, router: bool):
+            return type("S", (), {"logprobs": logprobs, "router": None})
 
     loss = DPO(beta=1.0).loss(Networks, batch)
     assert loss.terms["preference"].item() == pytest.approx(0.638139, abs=1e-6)
