@@ -122,9 +122,11 @@ def assert_same_run(ours: str | Path, theirs: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Uninterrupted runs, a folder each, made when first asked for."""
-    return tmp_path_factory.mktemp("whole")
+    made = tmp_path_factory.mktemp("whole")
+    yield made
+    shutil.rmtree(made)
 
 
 def uninterrupted(whole: Path, posttrain_process: Run, stage: str) -> Path:
