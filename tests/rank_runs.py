@@ -7,9 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from warm import warm
+
 from posttrain.cli import main
 
 if __name__ == "__main__":
+    warm()
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         status = main(arguments)
         if status:

@@ -45,12 +45,13 @@ def test_step_0_is_what_transformers_computes(run: Run, layout: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_step_0_of_a_real_model_is_what_transformers_computes(
-    run: Run, layout: str, smollm2: str, shared: Path
-) -> None:
+def test_step_0_of_a_real_model_is_what_transformers_computes(warm_process: None, smollm2: str, shared: Path) -> None:
+    from posttrain.config import resolve
+    from posttrain.tools.evaluate import evaluate
+
     tokenizer, model = AutoTokenizer.from_pretrained(smollm2), AutoModelForCausalLM.from_pretrained(smollm2)
-    rows = [json.loads(line) for line in (shared / "gsm8k_test.jsonl").read_text().splitlines()[:8]]
+    rows = [json.loads(line) for line in (shared / "gsm8k_test.jsonl").read_text().splitlines()]
+    rows = sorted(rows, key=lambda row: len(row["question"] + row["answer"]))[:40:10]  # unlike lengths, all short
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = []
     for row in rows:
@@ -59,22 +60,24 @@ def test_step_0_of_a_real_model_is_what_transformers_computes(
         whole = tokenizer.apply_chat_template(turns, return_dict=False)
         assert whole[: len(prompt)] == prompt
         examples.append((prompt, whole[len(prompt) :]))
-    from posttrain.config import resolve
-    from posttrain.tools.evaluate import evaluate
+    expected = plain_nll(model, examples)
+    columns = ["data.columns.prompt=question", "data.columns.completion=answer", "data.max_length=512"]
+    for layout in LAYOUTS:
+        arguments = [
+            layout,
+            f"model.path={smollm2}",
+            "data.eval=rows.jsonl",
+            *columns,
+            "precision=fp32",
+            "eval.generate=0",
+        ]
+        summary = evaluate(resolve([*arguments, "eval.resamples=200", f"run.dir={layout[13:]}"], "eval"))
+        assert summary.metrics["nll"]["value"] == pytest.approx(expected, rel=1e-5), layout
 
-    arguments = [
-        layout,
-        f"model.path={smollm2}",
-        "data.eval=rows.jsonl",
-        "data.columns.prompt=question",
-        "precision=fp32",
-    ]
-    arguments += ["data.columns.completion=answer", "data.max_length=512", "eval.generate=0", "eval.resamples=200"]
-    summary = evaluate(resolve(arguments, "eval"))
-    assert summary.metrics["nll"]["value"] == pytest.approx(plain_nll(model, examples), rel=1e-5)
 
-
-def trl_losses(model_path: str, rows: list[dict[str, Any]], lr: float, steps: int, max_length: int) -> list[float]:
+def trl_losses(
+    model_path: str, rows: list[dict[str, Any]], lr: float, steps: int, max_length: int, batch: int = 8
+) -> list[float]:
     """TRL's SFTTrainer, completion only, rows in the order given, constant lr, fp32, no dropout."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -85,7 +88,7 @@ def trl_losses(model_path: str, rows: list[dict[str, Any]], lr: float, steps: in
             return SequentialSampler(self.train_dataset)
 
     config = SFTConfig(
-        output_dir="trl", completion_only_loss=True, per_device_train_batch_size=8, learning_rate=lr, max_steps=steps,
+        output_dir="trl", completion_only_loss=True, per_device_train_batch_size=batch, learning_rate=lr, max_steps=steps,
         lr_scheduler_type="constant", logging_steps=1, max_length=max_length, bf16=False, gradient_checkpointing=False,
         report_to="none", use_cpu=True, save_strategy="no", max_grad_norm=1.0, weight_decay=0.0, disable_tqdm=True,
     )  # fmt: skip
@@ -98,22 +101,24 @@ def trl_losses(model_path: str, rows: list[dict[str, Any]], lr: float, steps: in
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_first_losses_are_those_of_trl(run: Run, layout: str) -> None:
+def test_the_first_losses_are_those_of_trl(run: Run) -> None:
     rows = [{k: row[k] for k in ("prompt", "completion")} for row in embedded.rows("prompt_completion", 80)]
     theirs = trl_losses(resolve_path("embedded"), rows, lr=3e-4, steps=10, max_length=64)
-    run(layout, "data.train=embedded:prompt_completion:80", "data.shuffle=false", "schedule=constant", "optim.lr=3e-4",
-        "train.steps=10", "train.eval_every=10", "run.dir=ours")  # fmt: skip
-    assert train_losses("ours") == pytest.approx(theirs, rel=1e-3)
     assert len(theirs) == 10
     assert max(theirs) / min(theirs) > 1.5  # it did train: the losses are not one number ten times
+    for layout in LAYOUTS:
+        ours = run(layout, "data.train=embedded:prompt_completion:80", "data.shuffle=false", "schedule=constant",
+                   "optim.lr=3e-4", "train.steps=10", f"run.dir={layout[13:]}")  # fmt: skip
+        assert train_losses(ours.run_dir) == pytest.approx(theirs, rel=1e-3), layout
 
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_checkpoints")
 def test_the_first_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
+    """Ten steps of two short rows each."""
     rows = json.loads((shared / "alpaca_en_demo.json").read_text())
-    rows = sorted(rows, key=lambda row: len(row["instruction"] + row["input"] + row["output"]))[:80]
+    rows = sorted(rows, key=lambda row: len(row["instruction"] + row["input"] + row["output"]))[:20]
     Path("rows.json").write_text(json.dumps(rows))
     turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     chats = [
@@ -123,8 +128,9 @@ def test_the_first_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: st
         }
         for r in rows
     ]
-    theirs = trl_losses(smollm2, chats, lr=2e-5, steps=10, max_length=512)
+    theirs = trl_losses(smollm2, chats, lr=2e-5, steps=10, max_length=512, batch=2)
     run(f"model.path={smollm2}", "data.train=rows.json", "data.eval_fraction=0", "data.shuffle=false", "schedule=constant",
-        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "train.eval_every=10", "run.dir=ours",
+        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "batch.size=2", "run.dir=ours",
         "data.eval=embedded:prompt_completion:1:held_out")  # fmt: skip
     assert train_losses("ours") == pytest.approx(theirs, rel=1e-3)
+    assert len(theirs) == 10

@@ -44,13 +44,7 @@ def pairs(count: int) -> list[dict[str, str]]:
     return [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in embedded.rows("pairs", count)]
 
 
-OURS = [
-    "data.shuffle=false",
-    "schedule=constant",
-    f"train.steps={STEPS}",
-    f"train.eval_every={STEPS}",
-    f"batch.size={BATCH}",
-]
+OURS = ["data.shuffle=false", "schedule=constant", f"train.steps={STEPS}", f"batch.size={BATCH}"]
 EMBEDDED = ["data.train=embedded:pairs:80", "data.eval=embedded:pairs:20:held_out"]
 
 
@@ -70,17 +64,18 @@ def dpo_of_trl(path: str, rows: list[Any], lr: float, **settings: Any) -> list[d
      ({"loss_type": "robust", "label_smoothing": 0.1}, ["stage.link=robust", "stage.flip_probability=0.1"])],
     ids=["logistic", "hinge", "robust"],
 )  # fmt: skip
-@pytest.mark.parametrize("layout", ["padded", "shared"])
-def test_dpo_losses_are_those_of_trl(run: Run, theirs: dict[str, Any], ours: list[str], layout: str) -> None:
+def test_dpo_losses_are_those_of_trl(run: Run, theirs: dict[str, Any], ours: list[str]) -> None:
     expected = dpo_of_trl(resolve_path("embedded"), pairs(80), 1e-4, beta=0.3, **theirs)
-    run("stage=dpo", "stage.beta=0.3", *EMBEDDED, *OURS, *ours, "optim.lr=1e-4", f"batch.layout={layout}", "run.dir=r")
-    found = train_log("r")
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
-    assert found[0]["pair_accuracy"] == 0.5  # TRL reads 0 here: there a tie is a loss
-    margins = [line["margin"] for line in found[1:]]
-    assert margins == pytest.approx([line["rewards/margins"] for line in expected[1:]], abs=2e-3)
-    accuracies = [line["pair_accuracy"] for line in found[1:]]
-    assert accuracies == pytest.approx([line["rewards/accuracies"] for line in expected[1:]], abs=1e-6)
+    for layout in ("padded", "shared"):
+        options = [*EMBEDDED, *OURS, *ours, "optim.lr=1e-4", f"batch.layout={layout}", f"run.dir={layout}"]
+        run("stage=dpo", "stage.beta=0.3", *options)
+        found = train_log(layout)
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3), layout
+        assert found[0]["pair_accuracy"] == 0.5  # TRL reads 0 here: there a tie is a loss
+        margins = [line["margin"] for line in found[1:]]
+        assert margins == pytest.approx([line["rewards/margins"] for line in expected[1:]], abs=2e-3), layout
+        accuracies = [line["pair_accuracy"] for line in found[1:]]
+        assert accuracies == pytest.approx([line["rewards/accuracies"] for line in expected[1:]], abs=1e-6), layout
 
 
 def scored(path: str, out: str, pad: str | None = None) -> None:
@@ -125,14 +120,13 @@ def test_reward_losses_and_accuracies_are_those_of_trl(run: Run, centering: floa
     assert accuracies == pytest.approx([line["accuracy"] for line in expected], abs=1e-6)
 
 
-def chats(shared: Path, count: int) -> list[dict[str, Any]]:
-    """The shortest rows of dpo_en_demo, also as TRL reads them."""
+def chats(shared: Path, path: str, count: int) -> list[dict[str, Any]]:
+    """The rows of dpo_en_demo with the fewest tokens, also as TRL reads them."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
     rows = json.loads((shared / "dpo_en_demo.json").read_text())
-    rows = sorted(rows, key=lambda row: len(json.dumps(row)))[:count]
-    Path("rows.json").write_text(json.dumps(rows))
     names = {"human": "user", "gpt": "assistant", "system": "system"}
     turn = lambda message: {"role": names[message["from"]], "content": message["value"]}  # noqa: E731
-    return [
+    made = [
         {
             "prompt": [turn(m) for m in row["conversations"]],
             "chosen": [turn(row["chosen"])],
@@ -140,35 +134,40 @@ def chats(shared: Path, count: int) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+    tokens = [
+        sum(len(tokenizer.apply_chat_template(chat["prompt"] + chat[side], return_dict=False)) for side in SIDES)
+        for chat in made
+    ]
+    short = sorted(range(len(rows)), key=tokens.__getitem__)[:count]
+    Path("rows.json").write_text(json.dumps([rows[i] for i in short]))
+    return [made[i] for i in short]
 
 
-FEW = {"per_device_train_batch_size": 2, "max_steps": 4}
+SIDES = ("chosen", "rejected")
+FEW = {"per_device_train_batch_size": 2, "max_steps": 3}
 """TRL holds whole logits of a real vocabulary; ten steps are compared on the embedded model."""
-REAL = [
-    "batch.size=2",
-    "train.steps=4",
-    "train.eval_every=4",
-    "data.train=rows.json",
-    "data.eval_fraction=0",
-    "data.eval=embedded:pairs:1:held_out",
-    "data.max_length=512",
-]
+REAL = [*OURS, "batch.size=2", "train.steps=3", "data.train=rows.json", "data.eval_fraction=0",
+        "data.eval=embedded:pairs:1:held_out", "data.max_length=512", "optim.lr=1e-5"]  # fmt: skip
 
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_checkpoints")
 def test_dpo_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
-    expected = dpo_of_trl(smollm2, chats(shared, 8), 1e-5, **FEW)
-    run("stage=dpo", f"model.path={smollm2}", *OURS, *REAL, "optim.lr=1e-5", "run.dir=r")
+    expected = dpo_of_trl(smollm2, chats(shared, smollm2, 6), 1e-5, **FEW)
+    run("stage=dpo", f"model.path={smollm2}", *REAL, "run.dir=r")
     found = train_log("r")
+    assert len(expected) == 3
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
 
 
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("no_checkpoints")
 def test_reward_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
     scored(smollm2, "start", pad="<empty_output>")
-    expected = reward_of_trl("start", chats(shared, 8), 1e-5, **FEW)
-    run("stage=reward", "model.path=start", *OURS, *REAL, "optim.lr=1e-5", "run.dir=r")
+    expected = reward_of_trl("start", chats(shared, smollm2, 6), 1e-5, **FEW)
+    run("stage=reward", "model.path=start", *REAL, "run.dir=r")
     found = train_log("r")
+    assert len(expected) == 3
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3)

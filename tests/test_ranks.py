@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,11 @@ def finish(process: subprocess.Popen[bytes], seconds: float = 200) -> tuple[int,
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """one/STAGE and two/STAGE: every stage of the list by one process and by two ranks, made in one launch each."""
-    return tmp_path_factory.mktemp("both")
+    made = tmp_path_factory.mktemp("both")
+    yield made
+    shutil.rmtree(made)  # half a gigabyte
 
 
 def ran(both: Path, posttrain_process: Run) -> Path:
@@ -65,7 +68,8 @@ def ran(both: Path, posttrain_process: Run) -> Path:
         return both
     common = [*STEADY, "batch.size=7", "batch.micro_tokens=128"]
     options = {name(stage): [*common, *options] for stage, options in STAGES.items()}
-    tasks = [["train", *small_arguments(*given, f"run.dir={both}/two/{stage}")] for stage, given in options.items()]
+    two = {stage: (*given, "train.save_every=10", f"run.dir={both}/two/{stage}") for stage, given in options.items()}
+    tasks = [["train", *small_arguments(*given)] for given in two.values()]
     Path("tasks.json").write_text(json.dumps(tasks))
     status, said = finish(launch(str(ROOT / "tests" / "rank_runs.py"), "tasks.json"))
     assert status == 0, said

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,32 +151,16 @@ def test_same_seed_same_bits_and_another_seed_another_run(run: Run) -> None:
     assert losses("a") != losses("c")
 
 
-def on_two_ranks(*arguments: str) -> str:
-    """Run posttrain in two processes; returns what they said."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with Path("out.txt").open("w") as output:
-        command = [*launch, "-m", "posttrain", *arguments]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = process.wait(200)
-        finally:
-            if process.poll() is None:  # the ranks too, not the launcher alone
-                os.killpg(process.pid, signal.SIGKILL)
-    said = Path("out.txt").read_text()
-    assert status == 0, said
-    assert "2 processes" in said
-    return said
-
-
-def test_a_streamed_run_of_one_rank_goes_on_with_two(run: Run) -> None:
+def test_a_streamed_run_of_one_rank_goes_on_with_two(run: Run, posttrain_process: Run) -> None:
     """Its losses are those of one rank that never stopped, so the ranks share each step's examples."""
     options = ["stage=pretrain", *STEADY, "data.train=[embedded:text:60,embedded:text:45]", "data.eval=", "data.streaming=true",
                "data.shuffle_buffer=23", "data.eval_fraction=0.2", "batch.size=7", "train.steps=14",
                "train.keep_checkpoints=9"]  # fmt: skip
     run(*options, "run.dir=one")
-    arguments = [argument for argument in small_arguments(*options, "run.dir=two") if not argument.endswith("=")]
-    said = on_two_ranks(*arguments, "train.resume=one/checkpoints/step-000005")
-    assert "goes on in block" in said
+    done = posttrain_process(*options, "run.dir=two", "train.resume=one/checkpoints/step-000005", ranks=2)
+    assert done["statuses"] == [0, 0], done["output"]
+    assert "2 processes" in done["output"]
+    assert "goes on in block" in done["output"]
     assert len(losses("two")) == 14 - 5
     assert losses("two") == pytest.approx(losses("one")[5:], rel=1e-5)
     assert_same_weights("one", "two", WEIGHTS)
@@ -201,7 +182,12 @@ def test_training_improves_and_the_interval_excludes_the_start(run: Run) -> None
 
 def test_what_a_run_leaves_behind(run: Run) -> None:
     summary = run(
-        "run.dir=r", "eval.generate=3", "eval.max_new_tokens=4", "train.save_every=2", "train.keep_checkpoints=1"
+        "run.dir=r",
+        "eval.generate=3",
+        "eval.max_new_tokens=4",
+        "train.eval_every=1",
+        "train.save_every=2",
+        "train.keep_checkpoints=1",
     )
     files = {path.name for path in Path("r").iterdir()}
     wanted = (
@@ -235,7 +221,7 @@ def test_the_best_checkpoint_outlives_the_rotation(run: Run, capsys: pytest.Capt
 
 
 def test_a_start_that_nothing_beats_has_no_best_checkpoint(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = run("run.dir=r", "optim.lr=1e-1", "schedule.warmup_steps=0")
+    summary = run("run.dir=r", "optim.lr=1e-1", "schedule.warmup_steps=0", "train.eval_every=1")
     assert summary.metrics["nll"]["value"] > summary.start["nll"]["value"]
     assert summary.best_checkpoint is None
     assert json.loads(Path("r/summary.json").read_text())["best_checkpoint"] is None

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from posttrain.summary import Summary
 
 SHOWN = (
-    "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "reward", "nll", "nll_best", "nll_worst", "perplexity",
-    "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece", "brier", "temperature",
+    "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "objective", "reward", "nll", "nll_best", "nll_worst",
+    "perplexity", "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece", "brier",
+    "temperature",
 )  # fmt: skip
 """Metrics of the final table, in its order; metrics.jsonl has all."""
 
-IN_A_LINE = ("accuracy", "pair_accuracy", "reward", "nll", "perplexity", "token_accuracy", "kl", "ece")
+IN_A_LINE = ("accuracy", "pair_accuracy", "objective", "reward", "nll", "perplexity", "token_accuracy", "kl", "ece")
 """Metrics of the line that each evaluation gets."""
 
 SHOWN_SAMPLES = 3
@@ -105,7 +106,12 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
     """The final table, a few answers before and after, and what to type next."""
     console = session.console
     if first is not None and last is not None and last.metrics:
-        rows = [_row(name, first, last, summary.changes.get(name)) for name in SHOWN if name in last.metrics]
+        undecided = session.cfg.stage.undecided
+        rows = [
+            _row(name, first, last, summary.changes.get(name), name not in undecided)
+            for name in SHOWN
+            if name in last.metrics
+        ]
         header = ["", "start", "end", "change", ""]
         console.table(
             f"result on {len(set(last.clusters)):,} evaluation examples ({_level(session.cfg)} intervals)", header, rows
@@ -168,11 +174,11 @@ def _show_samples(session: Session, before: list[Sample], after: list[Sample]) -
         session.console.table("answers", ["prompt", "before", "after", "reference"], rows)
 
 
-def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] | None) -> list[str]:
+def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] | None, judged: bool) -> list[str]:
     told = (
         "–" if change is None else f"{_signed(change['value'])} [{_signed(change['low'])}, {_signed(change['high'])}]"
     )
-    said = "" if name in stats.NEITHER or _claims_nothing(name, first) else _verdict(change)
+    said = "" if not judged or name in stats.NEITHER or _claims_nothing(name, first) else _verdict(change)
     return [name, interval(_plain(first, name)), interval(_plain(last, name)), told, said]
 
 

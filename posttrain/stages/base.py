@@ -86,6 +86,9 @@ class Stage:
     watches: ClassVar[str] = "nll"
     """The metric by which best-so-far and early stopping judge; stats.LOWER_IS_BETTER says in which direction."""
 
+    undecided: ClassVar[tuple[str, ...]] = ()
+    """Metrics that the final table gives no verdict on, since they may rise or fall whether the model is better or not."""
+
     def check(self) -> None:
         """Raise ConfigError for settings that cannot go together. Ranges and choices stand in the fields' metadata."""
 

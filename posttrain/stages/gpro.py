@@ -56,6 +56,9 @@ class GPRO(Preference):
         "rewards one by one, stage=dpo pairs"
     )
 
+    watches: ClassVar[str] = "objective"
+    undecided: ClassVar[tuple[str, ...]] = ("reward",)
+
     form: Literal["weighted", "dual", "pairwise"] = "weighted"
     target: Literal["tilt", "reward"] = "tilt"
     link: Literal["logistic", "hinge", "squared"] = "logistic"
@@ -87,11 +90,6 @@ class GPRO(Preference):
             )
         return self.target == "reward" or self.equal_rewards == "keep" or min(group.rewards) < max(group.rewards)
 
-    @property
-    def watches(self) -> str:  # type: ignore[override]
-        """The held-out objective where rewards are read one by one: the weighted mean of one reward cannot change."""
-        return "objective" if self.target == "reward" else "reward"
-
     def needs_reference(self, sampler_known: bool) -> str:
         """form=weighted reads it while training only for ρ = π_ref/μ."""
         return "always" if self.form != "weighted" or sampler_known else "evaluation"
@@ -117,10 +115,7 @@ class GPRO(Preference):
         if self.form == "pairwise":
             total = self.pair_losses(z, pairs_in(batch)).sum() * batch.weight
             return Loss({"pairwise": total}, stats).with_router(scores.router)
-        losses = dual_loss(
-            matrix(z, batch, 0.0), matrix(batch.rewards, batch, MINUS_INF), self.beta, self.target, self.z_max,
-            matrix(self.log_rho(batch), batch, MINUS_INF), omega,
-        )  # fmt: skip
+        losses = self.dual_losses(z, batch)
         beyond = (z.detach() > self.z_max).double().sum() * batch.weight
         stats["beyond_z_max"] = (beyond, float(batch.responses))
         return Loss({"dual": losses.sum() * batch.weight}, stats).with_router(scores.router)
@@ -165,10 +160,25 @@ class GPRO(Preference):
             }
         effective = 1 / (self.omega(batch) ** 2).sum(1)
         records |= means({"reward": self.expected_reward(z, batch), "effective_responses": effective})
-        if self.target == "reward":
-            given = matrix(z, batch, 0.0), matrix(batch.rewards, batch, MINUS_INF)
-            records |= means({"objective": dual_loss(*given, self.beta, "reward", self.z_max)})
+        records |= self._objective_records(z, whole, pairs, batch)
         return records | reference_records(logprobs, batch)
+
+    def _objective_records(self, z: Tensor, whole: Tensor, pairs: Pairs, batch: Batch) -> Records:
+        """What is minimised, over Groups or (pairwise) pairs; z, whole: log ratios and log π, [responses]."""
+        if self.form == "pairwise":
+            owner, none = batch.group[pairs.first], z.new_zeros(len(batch.ids))
+            losses = self.pair_losses(z, pairs).double()
+            found = none.index_add(0, owner, losses), none.index_add(0, owner, torch.ones_like(losses))
+            return {f"objective_{part}": sums.cpu().numpy() for part, sums in zip(("sum", "count"), found, strict=True)}
+        if self.form == "weighted":
+            return means({"objective": -self.beta * (self.omega(batch) * matrix(whole, batch, 0.0)).sum(1)})
+        return means({"objective": self.dual_losses(z, batch)})
+
+    def dual_losses(self, z: Tensor, batch: Batch) -> Tensor:
+        """The dual form's losses, [groups]."""
+        rewards, log_rho = (matrix(values, batch, MINUS_INF) for values in (batch.rewards, self.log_rho(batch)))
+        given = matrix(z, batch, 0.0), rewards, self.beta, self.target, self.z_max
+        return dual_loss(*given, log_rho, self.omega(batch))
 
     def expected_reward(self, z: Tensor, batch: Batch) -> Tensor:
         """Σ_i v_i r_i, v_i ∝ ρ_i e^{z_i}: the policy's reward on each prompt's responses by self-normalised importance

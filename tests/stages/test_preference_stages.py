@@ -80,8 +80,8 @@ def test_soft_labels_weigh_both_directions() -> None:
 
     class Networks:
         @staticmethod
-        def policy(_):
-            return type("S", (), {"logprobs": logprobs})
+        def policy(_, router: bool):
+            return type("S", (), {"logprobs": logprobs, "router": None})
 
     loss = DPO(beta=1.0).loss(Networks, batch)
     assert loss.terms["preference"].item() == pytest.approx(0.638139, abs=1e-6)
@@ -298,6 +298,20 @@ def test_settings_that_decide_the_groups_decide_the_cache(run) -> None:
     every = run(*groups, "run.dir=a")
     fewer = run(*groups, "stage.pairs=best_worst", "run.dir=b")
     assert fewer.trained_tokens < 0.7 * every.trained_tokens
+
+
+@pytest.mark.parametrize("form", ["weighted", "dual", "dual stage.target=reward", "pairwise"])
+def test_gpro_is_judged_by_the_loss_it_trains(run, form: str) -> None:
+    """On the very rows of a step that moves nothing, evaluation reads what the step's loss is."""
+    rows = embedded.rows("groups", 8)
+    rows[0]["responses"], rows[0]["rewards"] = rows[0]["responses"][:3], [0.0, 1.0, 0.5]
+    Path("g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    moved = ["stage=gpro", *f"stage.form={form}".split(), "stage.beta=0.5", "data.train=g.jsonl", "data.eval=g.jsonl"]
+    run("optim.lr=1e-3", "run.dir=other")  # a reference that is not the start: z is not 0
+    summary = run(*moved, "model.reference=other", "optim.lr=1e-12", "train.steps=1", "run.dir=r")
+    told = [json.loads(line) for line in Path("r", "metrics.jsonl").read_text().splitlines()]
+    logged = next(line["metrics"] for line in told if line["split"] == "train")
+    assert logged["loss"] == pytest.approx(summary.start["objective"]["value"], rel=1e-4)
 
 
 def test_responses_judged_one_by_one_are_learnt_from_without_pairs(run) -> None:
