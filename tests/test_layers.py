@@ -10,7 +10,7 @@ import posttrain
 
 PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
-    {"stats", "errors", "places", "disk"},
+    {"stats", "errors", "places", "disk", "allocator"},
     {"data", "models"},
     {"rollout", "rewards", "verify", "optim"},
     {"stages"},
