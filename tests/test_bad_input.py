@@ -51,7 +51,7 @@ SETTINGS = [
     (["optimizer.lr=1"], ["optimizer.lr is not a key", "optim.lr"]),
     (["stage.beta=1"], ["stage.beta is not a key of stage=sft"]),
     (["optim=adam"], ["optim=adam does not exist", "did you mean optim=adamw?"]),
-    (["stage=gprp"], ["stage=gprp does not exist", "did you mean stage=gpro?"]),
+    (["stage=gpr"], ["stage=gpr does not exist", "gpro, grpo"]),
     (["stage=drpo"], ["stage=drpo does not exist", "did you mean stage=dpo?"]),
     (["recipe=nothing"], ["nothing"]),
     (["train.steps=many"], ["train.steps must be a whole number or null, got many"]),

@@ -51,7 +51,7 @@ STAGES = {
     ],
     "reward": [*STEPS, "stage=reward", "data.train=embedded:pairs:200", "data.eval=embedded:pairs:40:held_out"],
     "ppo": [
-        "train.steps=8",
+        "train.steps=10",
         "train.eval_every=4",
         "train.save_every=2",
         "train.log_every=3",
