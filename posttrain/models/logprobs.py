@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Size of one chunk's fp32 logits; bounds the memory of the output layer whatever the batch. Each further chunk is one more
 pass over the layer's whole gradient, so much smaller ones cost time."""
 
