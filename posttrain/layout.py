@@ -18,7 +18,7 @@ from posttrain.runtime import Runtime
 if TYPE_CHECKING:
     from posttrain.config import Config
 
-MICRO_TOKENS = {"cpu": 1_024, "cuda": 16_384}
+MICRO_TOKENS = {"cpu": 896, "cuda": 16_384}
 """Default token budget of one forward: enough to fill the device, small enough to fit beside the weights. A 135 M model's
 activations take about 1 MiB a token."""
 
