@@ -186,11 +186,11 @@ class Evaluator:
 
 
 def rewarded(answers: list[Sample]) -> tuple[list[str], list[str], Records]:
-    """ids, clusters and a record of each answer's rewards."""
+    """ids, clusters and a record of each answer's rewards; one that failed counts for nothing."""
     columns: Records = {}
     for name in answers[0].rewards:
-        columns[f"{name}_sum"] = np.array([answer.rewards[name] for answer in answers])
-        columns[f"{name}_count"] = np.ones(len(answers))
+        values = np.array([answer.rewards[name] for answer in answers])
+        columns[f"{name}_sum"], columns[f"{name}_count"] = np.nan_to_num(values), (~np.isnan(values)).astype(float)
     return [answer.id for answer in answers], [answer.cluster for answer in answers], columns
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.data.tokens import TokenGroup
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, DataError
 from posttrain.reward_model import RewardModelJudge
 from posttrain.rewards import Reward, open_reward
 from posttrain.rollout import Generation
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Verdicts:
-    """scores: reward → a number for each answer, NaN where it failed, and `total`, their weighted sum. failures: what was
-    told, and of how many answers. unreadable: answers that a verifier could not read."""
+    """scores: reward → a number for each answer, NaN where it failed. unreadable: answers that a verifier could not read.
+    weights: of the rewards in their sum."""
 
     scores: dict[str, list[float]]
-    failures: list[tuple[str, int]] = field(default_factory=list)
     unreadable: int = 0
     weights: list[float] = field(default_factory=list)
 
@@ -41,22 +40,30 @@ class Verdicts:
 
 
 class Judge:
-    """Calls every reward with text: prompts as they stand in the data, answers without special tokens, the rows' columns."""
+    """Calls every reward with text: prompts as they stand in the data, answers without special tokens, the rows' columns.
 
-    def __init__(self, rewards: dict[str, Reward], weights: list[float], tokenizer: Any) -> None:
-        self.rewards, self.weights, self.tokenizer = rewards, weights, tokenizer
+    DataError where a larger share than `limit` of the answers could not be rewarded.
+    """
+
+    def __init__(self, rewards: dict[str, Reward], weights: list[float], limit: float, tokenizer: Any) -> None:
+        self.rewards, self.weights, self.limit, self.tokenizer = rewards, weights, limit, tokenizer
 
     def __call__(self, prompts: Sequence[TokenGroup], answers: Sequence[Generation]) -> Verdicts:
         texts = self.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
         data = [json.loads(group.text) for group in prompts]
         asked, rows = [each["prompt"] for each in data], [each["columns"] for each in data]
-        found = Verdicts({}, weights=self.weights)
+        found, failures = Verdicts({}, weights=self.weights), dict[str, int]()
         for name, reward in self.rewards.items():
             judged = reward(asked, texts, rows)
             found.scores[name] = judged.scores
             found.unreadable += judged.unreadable
             if judged.failure:
-                found.failures.append((judged.failure, sum(score != score for score in judged.scores)))
+                failures[judged.failure] = sum(score != score for score in judged.scores)
+        if sum(failures.values()) > self.limit * len(answers):
+            raise DataError(
+                f"{max(failures.values())} of {len(answers)} responses could not be rewarded, more than "
+                f"stage.max_failed_fraction={self.limit:g} allows: {'; '.join(failures)}"
+            )
         return found
 
 
@@ -72,4 +79,4 @@ def open_judge(cfg: Config, runtime: Runtime, tokenizer: Any) -> Judge:
         spec: RewardModelJudge(cfg, runtime) if spec == "model" else open_reward(spec, stage.reward_seconds)
         for spec in stage.rewards
     }
-    return Judge(rewards, list(stage.reward_weights or [1.0] * len(rewards)), tokenizer)
+    return Judge(rewards, list(stage.reward_weights or [1.0] * len(rewards)), stage.max_failed_fraction, tokenizer)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,17 +52,6 @@ class Generation:
     @property
     def finished(self) -> bool:
         return self.end is not None
-
-
-class RolloutBackend(Protocol):
-    """What writes answers. prompts: token ids; keys: a number a prompt, for its random numbers; samples: answers a prompt.
-
-    Returns len(prompts)·samples answers, those of a prompt beside each other.
-    """
-
-    def __call__(
-        self, prompts: Sequence[list[int]], keys: Sequence[int], samples: int, sampling: Sampling, max_new_tokens: int
-    ) -> list[Generation]: ...
 
 
 @torch.no_grad()

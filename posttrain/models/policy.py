@@ -62,12 +62,11 @@ class Policy(Decoder):
         entropy: bool = False,
         router: bool = False,
         temperature: float = 1.0,
-        gradients: bool = False,
     ) -> Scores:
         """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once.
 
-        temperature: of the distribution that log-probs and statistics are of. gradients: where entropy is asked for beside
-        log-probs, it is differentiable too.
+        temperature: of the distribution that log-probs and statistics are of. entropy: of the statistics, or beside
+        differentiable log-probs differentiable too.
         """
         transform = self.transform if temperature == 1 else replace(self.transform, temperature=temperature)
         states, balance = self.states(batch, router)
@@ -82,7 +81,7 @@ class Policy(Decoder):
             scores = Scores(found.logprob, statistics=found)
         else:
             scores = Scores(token_logprobs(hidden, self.head, batch.targets, transform))
-            if entropy and gradients:
+            if entropy:
                 scores.entropy = token_entropies(hidden, self.head, transform)
         scores.router = balance
         if self.critic is not None:

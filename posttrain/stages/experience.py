@@ -14,7 +14,6 @@ from torch import Tensor
 from posttrain import stats
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.tokens import Examples, TokenGroup
-from posttrain.errors import DataError
 from posttrain.rollout import Generation, Sampling, generate
 
 if TYPE_CHECKING:
@@ -96,8 +95,7 @@ def collect(
     asked = [prompts[i] for i in mine for _ in range(stage.samples)]
     judged = supply.judge(asked, answers)
     everything = runtime.gather([(mine, answers, judged)])
-    groups, answers, parts, failures, unreadable = _in_order(prompts, everything, stage.samples)
-    _check_failures(failures, len(groups), stage.max_failed_fraction)
+    groups, answers, parts, unreadable = _in_order(prompts, everything, stage.samples)
     scored = time.monotonic()
     columns = token_columns(networks, supply, stage, groups)
     seconds = {"rollout": rolled - began, "reward": scored - rolled, "score": time.monotonic() - scored}
@@ -176,10 +174,8 @@ def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> Token
 def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) -> Any:
     """What the ranks have sampled and scored, in the order of the prompts."""
     by_prompt: dict[int, tuple[list[Generation], dict[str, list[float]]]] = {}
-    failures: list[tuple[str, int]] = []
     unreadable, names = 0, list[str]()
     for mine, answers, judged in everything:
-        failures += judged.failures
         unreadable += judged.unreadable
         names = list(judged.scores) or names
         for place, i in enumerate(mine):
@@ -189,16 +185,7 @@ def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) ->
     answers = [answer for i in order for answer in by_prompt[i][0]]
     groups = [answered(prompts[i], a, k, "") for i in order for k, a in enumerate(by_prompt[i][0])]
     parts = {n: torch.tensor([v for i in order for v in by_prompt[i][1][n]], dtype=torch.float64) for n in names}
-    return groups, answers, parts, failures, unreadable
-
-
-def _check_failures(failures: list[tuple[str, int]], count: int, limit: float) -> None:
-    failed = sum(number for _, number in failures)
-    if failed > limit * count:
-        raise DataError(
-            f"{failed} of {count} responses could not be rewarded, more than stage.max_failed_fraction={limit:g} allows: "
-            + "; ".join(sorted({told for told, _ in failures})[:3])
-        )
+    return groups, answers, parts, unreadable
 
 
 def _mean(scores: Tensor, clusters: Sequence[str]) -> Any:

@@ -149,7 +149,7 @@ class PPO(Stage):
         """Every optimizer step of every iteration; a checkpoint may be made after an iteration's last."""
         iteration, beta, number = supply.state.get("iteration", 0), supply.state.get("beta", self.beta), first
         while number < last:
-            sampling = Sampling(self.temperature, seed=supply.seed + iteration)
+            sampling = Sampling(self.temperature, seed=supply.seed << 32 | iteration)
             prompts = supply.loader.take(iteration)
             experience = collect(networks, supply, self, prompts, sampling)
             self.add_advantages(experience, beta)
@@ -190,20 +190,18 @@ class PPO(Stage):
 
     def add_advantages(self, experience: Experience, beta: float) -> None:
         """advantages (and a critic's returns) of every token, from scores, log-probs and values."""
-        e = experience
+        e, failed = experience, experience.scores.isnan()[:, None]
         in_reward = beta if self.kl_in != "loss" else 0.0
-        scores = e.scores.nan_to_num(nan=0.0) if self.advantage == "gae" else e.scores
-        rewards = shaped_rewards(e.logprobs, e.reference, scores.nan_to_num(nan=0.0), e.mask, in_reward)
+        rewards = shaped_rewards(e.logprobs, e.reference, e.scores.nan_to_num(nan=0.0), e.mask, in_reward)
         if self.advantage == "gae":
             advantages, returns = gae(rewards, e.values, e.mask, self.gamma, self.lam)
-            e.put("returns", returns)
+            e.put("returns", torch.where(failed, e.values, returns))  # nothing is known of what they were worth
         elif self.advantage == "return":
             advantages = discounted_returns(rewards, e.mask, self.gamma)
         else:
             whole = torch.where(e.scores.isnan(), torch.nan, rewards.sum(1)).view(-1, self.samples)
             form = group_advantages if self.advantage == "group" else leave_one_out_advantages
             advantages = form(whole).flatten()[:, None] * e.mask
-        failed = e.scores.isnan()[:, None]
         advantages = advantages.masked_fill(failed, 0.0)
         if self.whiten and self.advantage in ("gae", "return"):
             real = advantages[e.mask.bool() & ~failed]
@@ -225,7 +223,7 @@ class PPO(Stage):
 
     def loss(self, networks: Networks, batch: Batch) -> Loss:
         columns, weight, steps = batch.columns, batch.weight, float(batch.trained_tokens)
-        scores = networks.policy(batch, temperature=self.temperature, entropy=self.entropy_weight > 0, gradients=True)
+        scores = networks.policy(batch, temperature=self.temperature, entropy=self.entropy_weight > 0)
         surrogate, ratio = clipped_surrogate(
             scores.logprobs, columns["logprobs"], columns["advantages"], self.clip, self.dual_clip
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from posttrain.errors import DataError
+
 Run = Callable[..., Any]
 PPO = (
     "stage=ppo", "data.train=embedded:prompts:60", "data.eval=embedded:prompts:20:held_out", "stage.rewards=[exact]",
@@ -58,6 +60,21 @@ def test_the_split_into_forwards_changes_nothing(run: Run, split: tuple[str, ...
         for name in ("loss", "grad_norm", "approx_kl", "kl", "entropy", "explained_variance"):
             if name in a:
                 assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-6), name
+
+
+def test_rewards_that_fail_take_no_part_and_too_many_stop_the_run(run: Run) -> None:
+    Path("shaky.py").write_text(
+        "def reward(prompts, responses, rows):\n"
+        "    return [None if i % 3 == 0 else float(r == row['answer']) for i, (r, row) in enumerate(zip(responses, rows))]\n"
+        "def broken(prompts, responses, rows):\n    raise ValueError('no')\n"
+    )
+    run(*PPO, "stage.rewards=[shaky:reward]", "run.dir=r")
+    assert lines("r")[0]["reward_failed"] == pytest.approx(1 / 3)
+    assert lines("r", "eval")[0]["reward"]["n"] < 20
+    with pytest.raises(
+        DataError, match=r"20 of 20 responses could not be rewarded.*shaky:broken raised ValueError: no"
+    ):
+        run(*PPO, "stage.rewards=[shaky:broken]", "run.dir=s")
 
 
 def test_every_score_has_an_interval(run: Run) -> None:
