@@ -1,5 +1,6 @@
 """Templates, masks by construction, length policy. Expected masks are written out by hand for small real templates."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from posttrain.data.group import Group, Message
-from posttrain.data.tokenize import Encoding, Tokenizer, beginning
+from posttrain.data.tokenize import BATCH, Encoding, Tokenizer, beginning
 from posttrain.errors import DataError, ModelError
 
 CHATML = (
@@ -237,3 +238,50 @@ class TestDocuments:
         assert [w.id for w in windows] == [f"{windows[0].cluster}.{i}" for i in range(len(windows))]
         windows, _ = self.windows("abcdefgh", 4, stream=100)
         assert len({w.cluster for w in windows}) == len(windows) > 1
+
+
+def test_a_tokenizers_own_cutting_and_padding_are_set_aside() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    whole, _ = encode([TWO_TURNS], tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=200)
+    cut, _ = encode([TWO_TURNS], tokenizer)
+    assert cut == whole
+
+
+def test_a_tokenizer_written_in_python_gives_the_same() -> None:
+    class Slow:
+        """The same tokenizer behind the interface that all of transformers' share."""
+
+        is_fast = False
+
+        def __init__(self, fast: Any) -> None:
+            self.fast = fast
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "backend_tokenizer":
+                raise AttributeError(name)
+            return getattr(self.fast, name)
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return self.fast(*args, **options)
+
+    tokenizer = make_tokenizer(CHATML)
+    assert encode([TWO_TURNS], Slow(tokenizer))[0] == encode([TWO_TURNS], tokenizer)[0]
+
+
+def test_many_parts_keep_their_order_and_are_all_counted() -> None:
+    groups = [Group(f"{number}+0=", (str(number),)) for number in range(2 * BATCH + 3)]
+    for template in ("chat", "none"):
+        found, worker = encode(groups, make_tokenizer(CHATML), template=template)
+        assert [json.loads(each.text)["prompt"] for each in found] == [group.prompt for group in groups]
+        assert (worker.counts.groups, worker.counts.kept) == (len(groups), len(groups))
+
+
+def test_an_unrenderable_row_in_a_later_part_is_named() -> None:
+    good, bad = Group((U("hi"),), ((A("yo"),),)), Group((U("hi"), Message("tool", "4")), ((A("yo"),),), file="f", row=9)
+    template = CHATML.replace(
+        "{{ '<|im_start|>'", "{% if m['role'] == 'tool' %}{{ 1 / 0 }}{% endif %}{{ '<|im_start|>'", 1
+    )
+    with pytest.raises(DataError, match="f, row 9: the chat template refuses"):
+        encode([good] * (BATCH + 5) + [bad], make_tokenizer(template))
