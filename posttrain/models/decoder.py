@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
 from posttrain.models.router import Router, Routers
+from posttrain.models.shared_attention import shared_mask
 
 
 class Decoder(nn.Module):
@@ -68,41 +68,6 @@ class Decoder(nn.Module):
             arguments["attention_mask"] = shared_mask(batch, attention_of(self.network))
         output = self.backbone(input_ids=batch.input_ids, return_dict=True, **arguments)
         return output.last_hidden_state
-
-
-def shared_mask(batch: Batch, attention: str) -> Any:
-    """Who sees whom when K responses stand behind one prompt: what comes before, in the prompt or in the same response.
-
-    sdpa: bool [R, 1, L, L], True where attended. eager: additive fp32, since it adds what it is given. flex: a block mask,
-    whose blocks of other responses are never computed (arXiv:2410.20305 for pairs).
-    """
-    assert batch.is_prompt is not None
-    segments, is_prompt = batch.segments, batch.is_prompt  # [R, L]
-    owner = torch.where(segments >= 0, batch.group[segments.clamp(min=0)], -1)  # [R, L], the Group of each position
-    if attention == "flex_attention":
-        return _block_mask(segments, is_prompt, owner)
-    if attention not in ("sdpa", "eager"):
-        raise ModelError(f"batch.layout=shared needs model.attention=sdpa, eager or flex_attention, not {attention}")
-    width = segments.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    prompt = is_prompt[:, None, :] & (owner[:, :, None] == owner[:, None, :])
-    allowed = (causal & (same | prompt))[:, None]
-    if attention == "sdpa":
-        return allowed
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
-
-
-def _block_mask(segments: Tensor, is_prompt: Tensor, owner: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = segments[row, query] == segments[row, key]
-        prompt = is_prompt[row, key] & (owner[row, query] == owner[row, key])
-        return (query >= key) & (same | prompt)
-
-    rows, width = segments.shape
-    return create_block_mask(visible, rows, None, width, width, device=str(segments.device))
 
 
 def attention_of(network: Any) -> str:

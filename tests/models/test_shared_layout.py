@@ -9,10 +9,18 @@ from families import FAMILIES, network
 from posttrain.data.batches import collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
-from posttrain.models.decoder import attention_of, shared_mask
+from posttrain.models import shared_attention
+from posttrain.models.decoder import attention_of
 from posttrain.models.policy import Policy
 from posttrain.models.probe import check_forward
 from posttrain.models.reward import RewardModel
+from posttrain.models.shared_attention import shared_mask
+
+
+@pytest.fixture(autouse=True)
+def _calls_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts of these tests are shorter than what is worth a second call."""
+    monkeypatch.setattr(shared_attention, "SHORTEST", 1)
 
 
 def groups(seed: int = 0, counts: tuple[int, ...] = (3, 1, 2)) -> list[TokenGroup]:
@@ -56,9 +64,37 @@ def test_the_mask_is_the_one_drawn_by_hand() -> None:
     assert batch.tokens == 5
 
 
+def test_what_all_rows_begin_with_is_called_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls a layer where prompts are long enough, else one; of rows that hold several prompts the first ones count."""
+    made, calls = groups(), list[tuple[int, int, bool]]()
+    library = shared_attention.sdpa_attention_forward
+
+    def watched(module, query, key, value, mask, **kwargs):
+        calls.append((query.shape[2], key.shape[2], mask is None))
+        return library(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(shared_attention, "sdpa_attention_forward", watched)
+    policy = Policy(network("llama"))
+    for rows, prefix in (([[0], [1], [2]], 2), ([[1, 0], [2]], 3)):
+        batch = collate(made, rows, "shared")
+        width = batch.input_ids.shape[1]
+        calls.clear()
+        policy(batch)
+        assert calls == [(prefix, prefix, True), (width - prefix, width, False)] * 2
+        monkeypatch.setattr(shared_attention, "SHORTEST", prefix + 1)
+        calls.clear()
+        policy(batch)
+        assert calls == [(width, width, False)] * 2
+        monkeypatch.setattr(shared_attention, "SHORTEST", 1)
+
+
+@pytest.mark.parametrize("shortest", [1, 64])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_log_probs_and_gradients_agree(family: str, attention: str) -> None:
+def test_log_probs_and_gradients_agree(
+    family: str, attention: str, shortest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_attention, "SHORTEST", shortest)
     made = groups()
     policy = Policy(network(family, attention))
     wanted = None
