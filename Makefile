@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types checks bench bench-preferences wheel clean
+.PHONY: demo test lint types checks bench bench-preferences bench-rollouts wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
@@ -25,6 +25,9 @@ bench: $(VENV)/.dev
 
 bench-preferences: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/preferences.py $(BENCH)
+
+bench-rollouts: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/rollouts.py $(BENCH)
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from posttrain.data.packing import Packing
 from posttrain.data.tokens import TokenDataset, TokenGroup
 from posttrain.rollout import generate
 from posttrain.stages.base import Records, Stage
-from posttrain.verify import VERIFIERS
+from posttrain.verify import VERIFIERS, require
 
 if TYPE_CHECKING:
     from posttrain.config import EvalConfig
@@ -82,9 +83,11 @@ class Evaluator:
         ends: set[int],
         seed: int,
     ) -> None:
+        require(options.verifier)
         self.stage, self.networks, self.data, self.packing = stage, networks, data, packing
         self.runtime, self.options, self.ends, self.seed = runtime, options, ends, seed
         self.judge: Judge | None = None
+        self.sampled: Callable[[list[TokenGroup]], list[dict[str, float]]] | None = None  # a stage's that samples
         self.batches = [] if stage.answer_tokens else evaluation_batches(data, packing, runtime.rank, runtime.world)
 
     @torch.no_grad()
@@ -106,7 +109,7 @@ class Evaluator:
 
     def _summarise(self, step: int, parts: list[Any], answers: list[Sample], final: bool) -> Evaluation:
         answers = sorted(answers, key=lambda sample: sample.id)
-        if not parts and answers:
+        if not parts and answers and answers[0].rewards:
             parts = [rewarded(answers)]  # they are all there is to score
         if not parts:
             return Evaluation(step, {}, samples=answers)
@@ -148,7 +151,10 @@ class Evaluator:
 
     def _generate(self) -> list[Sample]:
         chosen = np.argsort(np.array(self.data.column("id")), kind="stable")[: self.options.generate]
-        groups = self.data.groups(chosen[self.runtime.rank :: self.runtime.world])
+        everyone = self.data.groups(chosen)
+        if not everyone:
+            return []
+        groups = everyone[self.runtime.rank :: self.runtime.world]
         tokenizer = self.networks.tokenizer
         prompts = [prompt_tokens(group) for group in groups]
         with self.runtime.autocast():
@@ -162,6 +168,9 @@ class Evaluator:
             )
         verify = VERIFIERS.get(self.options.verifier)
         rewards = self.judge(groups, generated).each() if self.judge else [{} for _ in groups]
+        if self.sampled is not None:
+            drawn = self.sampled(everyone)[self.runtime.rank :: self.runtime.world]
+            rewards = [greedy | other for greedy, other in zip(rewards, drawn, strict=True)]
         samples = []
         for group, prompt, answer, judged in zip(groups, prompts, generated, rewards, strict=True):
             text = tokenizer.decode(answer.ids, skip_special_tokens=True)
@@ -186,7 +195,7 @@ class Evaluator:
 
 
 def rewarded(answers: list[Sample]) -> tuple[list[str], list[str], Records]:
-    """ids, clusters and a record of each answer's rewards; one that failed counts for nothing."""
+    """ids, clusters and a record of each answer's rewards (and of a sampled one's); one that failed counts for nothing."""
     columns: Records = {}
     for name in answers[0].rewards:
         values = np.array([answer.rewards[name] for answer in answers])

@@ -7,34 +7,45 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from posttrain.models.networks import Networks
 from posttrain.reference import reference_network
 
 if TYPE_CHECKING:
     from posttrain.config import Config
     from posttrain.runtime import Runtime
 
-Frozen = Callable[[Networks], AbstractContextManager[Any]]
+Frozen = Callable[[], AbstractContextManager[Any]]
 
 
-def open_frozen(cfg: Config, runtime: Runtime, start: Any) -> Frozen:
-    """start: the policy where it is still the start, else None, and the reference is built again from where the run began."""
+def open_frozen(cfg: Config, runtime: Runtime, policy: Any, is_start: bool) -> Frozen:
+    """policy: the bare one. is_start: it is still the start; else the reference is built again from where the run began."""
     if cfg.model.reference is None and cfg.adapter.name != "none" and cfg.adapter.path is None:
-        return _without_adapter
-    is_start = cfg.model.reference is None and start is not None
-    policy = copy.deepcopy(start) if is_start else reference_network(cfg, runtime)
-    policy.requires_grad_(False)
-    policy.eval()
+        return lambda: _without_adapter(policy)
+    same = cfg.model.reference is None and is_start
+    reference = _copy(policy) if same else reference_network(cfg, runtime)
+    reference.requires_grad_(False)
+    reference.eval()
 
     @contextmanager
-    def kept(networks: Networks) -> Iterator[Any]:
-        yield policy
+    def kept() -> Iterator[Any]:
+        yield reference
 
     return kept
 
 
+def _copy(policy: Any) -> Any:
+    """Without the critic, which a reference has no use for."""
+    critic, policy.critic = policy.critic, None
+    try:
+        return copy.deepcopy(policy)
+    finally:
+        policy.critic = critic
+
+
 @contextmanager
-def _without_adapter(networks: Networks) -> Iterator[Any]:
+def _without_adapter(policy: Any) -> Iterator[Any]:
     """A fresh adapter adds nothing (B = 0), so the policy without it is the policy as it was."""
-    with networks.module.model.disable_adapter():
-        yield networks.module
+    training = policy.training
+    policy.eval()
+    with policy.model.disable_adapter():
+        yield policy
+    policy.train(training)

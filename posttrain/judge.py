@@ -49,6 +49,8 @@ class Judge:
         self.rewards, self.weights, self.limit, self.tokenizer = rewards, weights, limit, tokenizer
 
     def __call__(self, prompts: Sequence[TokenGroup], answers: Sequence[Generation]) -> Verdicts:
+        if not answers:  # a rank whose share is none
+            return Verdicts({name: [] for name in self.rewards}, weights=self.weights)
         texts = self.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
         data = [json.loads(group.text) for group in prompts]
         asked, rows = [each["prompt"] for each in data], [each["columns"] for each in data]

@@ -12,7 +12,9 @@ from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
 from posttrain.models.load import load_config
+from posttrain.models.policy import ValueModel
 from posttrain.models.probe import check_forward, sliding_window
+from posttrain.models.reward import POOLING_KEY, RewardModel
 from posttrain.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -41,11 +43,16 @@ def packing_of(cfg: Config, device: str, prepared: Prepared) -> Packing:
 def _cheapest(cfg: Config, prepared: Prepared) -> str:
     """padded, or shared where its rows cost less by more than the masks they need."""
     data = prepared.train if len(prepared.train) else prepared.eval
-    if not len(data) or int(data.counts.max()) < 2:
+    sampled, tokens = (
+        cfg.stage.answers,
+        cfg.stage.answer_tokens,
+    )  # of an answer that is yet to be written the most it may be
+    if not len(data) or max(sampled, int(data.counts.max())) < 2:
         return "padded"
     size = int(load_config(cfg.model).get_text_config(decoder=True).hidden_size)
-    shared = row_cost(data.widths("shared"), data.heights("shared"), size)
-    return "shared" if shared < SHARED_GAIN * row_cost(data.longest, data.counts, size) else "padded"
+    shared = row_cost(data.widths("shared") + sampled * tokens, np.ones_like(data.counts), size)
+    padded = row_cost(data.longest + tokens, data.counts + sampled, size)
+    return "shared" if shared < SHARED_GAIN * padded else "padded"
 
 
 def beyond_budget(prepared: Prepared, packing: Packing, max_length: int) -> list[str]:
@@ -71,7 +78,7 @@ def probe_layout(
     """Check the forward pass on these examples. A layout that was asked for and cannot be is an error; one that `auto` chose
     gives way to padded, and that is said."""
     try:
-        _check_window(policy, prepared, packing.layout, cfg.data.max_length)
+        _check_window(policy, prepared, packing.layout, cfg.data.max_length, cfg.stage.answer_tokens)
         return check_forward(policy, groups, packing.layout, runtime.device), packing
     except ModelError as error:
         if cfg.batch.layout != "auto" or packing.layout == "padded":
@@ -82,10 +89,24 @@ def probe_layout(
         return found, padded
 
 
-def _check_window(policy: Any, prepared: Prepared, layout: str, max_length: int) -> None:
+def probe_critic(
+    cfg: Config, critic: ValueModel, prepared: Prepared, groups: list[TokenGroup], packing: Packing, runtime: Runtime
+) -> Packing:
+    """A critic of its own reads the same batches: checked as a reward model is, which has the same forward pass."""
+    config = critic.network.config
+    known = hasattr(config, POOLING_KEY)
+    try:
+        return probe_layout(cfg, RewardModel(critic.network), prepared, groups, packing, runtime)[1]
+    finally:
+        if not known:
+            delattr(config, POOLING_KEY)
+
+
+def _check_window(policy: Any, prepared: Prepared, layout: str, max_length: int, answer_tokens: int = 0) -> None:
     """A mask of our own takes the place of the library's sliding window, so rows must not reach past it."""
     window = sliding_window(policy.network)
     longest = max((int(data.longest.max()) for data in (prepared.train, prepared.eval) if len(data)), default=0)
+    longest += answer_tokens
     longest, known = (max_length, "may have") if prepared.stream else (longest, "has")
     if layout == "shared" and window is not None and longest > window:
         raise ModelError(

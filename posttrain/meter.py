@@ -15,6 +15,7 @@ from posttrain.stages.base import Loss
 
 Pooled = dict[str, list[Any]]
 TERM = "term/"
+PEAK = "peak/"
 ALIKE = ("grad_norm", "clipped")
 """Known to every rank alike: never summed over ranks."""
 
@@ -34,6 +35,9 @@ class Meter:
             self._add(f"{TERM}{name}", term.detach(), counts[name])
         for name, (total, count) in loss.stats.items():
             self._add(name, total, count)
+        for name, value in loss.peaks.items():
+            pair = self.sums.setdefault(f"{PEAK}{name}", [0.0, 1.0])
+            pair[0] = torch.maximum(torch.as_tensor(pair[0]).to(value), value)
 
     def add_step(self, norm: float, max_norm: float, tokens: int, seconds: float) -> None:
         """One optimizer step; this process's first is not timed, for it warms up."""
@@ -53,8 +57,11 @@ class Meter:
         return {name: [float(total), float(count)] for name, (total, count) in self.sums.items()}
 
     def flush(self) -> dict[str, float]:
-        """Each sum over all ranks divided by its count, and `loss`, the weighted terms; then start afresh."""
+        """Each sum over all ranks divided by its count, peaks as they are, and `loss`, the weighted terms; then start
+        afresh."""
         sums, self.sums = self.state(), {}
+        peaks = {name: sums.pop(name)[0] for name in list(sums) if name.startswith(PEAK)}
+        everywhere = self.runtime.gather([peaks]) if peaks else []
         flat = {f"{name}/{i}": v for name, pair in sums.items() if name not in ALIKE for i, v in enumerate(pair)}
         flat = self.runtime.global_sum(flat)
         means = {name: flat[f"{name}/0"] / max(flat[f"{name}/1"], 1e-9) for name in sums if name not in ALIKE}
@@ -64,6 +71,7 @@ class Meter:
         loads = [means.pop(name) for name in list(means) if name.startswith(EXPERT_LOAD)]
         if loads:  # known only now that every micro-batch and rank is in
             means |= {"expert_load_max": max(loads), "expert_load_min": min(loads)}
+        means |= {name.removeprefix(PEAK): max(each[name] for each in everywhere) for name in peaks}
         return {"loss": loss, **means}
 
     def _add(self, name: str, total: Tensor | float, count: float) -> None:
@@ -77,7 +85,8 @@ def _share_of(pooled: list[Pooled], rank: int, world: int) -> Pooled:
     if not pooled or len(pooled) == world:
         return pooled[rank] if pooled else {}
     names = pooled[0] if rank == 0 else {}
-    whole = {name: [sum(each[name][i] for each in pooled) for i in (0, 1)] for name in names}
+    pool = {name: max if name.startswith(PEAK) else sum for name in names}
+    whole = {name: [pool[name](each[name][i] for each in pooled) for i in (0, 1)] for name in names}
     zeros: Pooled = {name: [0.0, 0.0] for name in pooled[0]}
     return zeros | whole | {name: list(pooled[0][name]) for name in ALIKE if name in pooled[0]}
 

@@ -24,8 +24,9 @@ from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
 from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.models.lineage import is_reward_model, resolve_path
 from posttrain.models.load import load_config, load_tokenizer
-from posttrain.models.networks import build_network
+from posttrain.models.networks import build_network, critic_config, told_of_critic
 from posttrain.models.probe import check_forward
+from posttrain.models.rope import position_limit
 
 if TYPE_CHECKING:
     from posttrain.config import Config, ModelConfig
@@ -53,6 +54,32 @@ def check(cfg: Config, tokenizer: Any) -> None:
         if is_reward_model(resolve_path(given)):
             raise ModelError(f"model.path={given} is a reward model: it scores answers and writes none; give a policy")
         check_vocabulary(tokenizer, load_tokenizer(model), given)
+        if getattr(cfg.stage, "kl_estimator", None) == "full":
+            ours, theirs = (load_config(m).get_text_config(decoder=True).vocab_size for m in (cfg.model, model))
+            if ours != theirs:
+                raise ModelError(
+                    f"model.reference={given} has {theirs:,} outputs and the policy {ours:,}, so stage.kl_estimator=full cannot "
+                    "compare them; take stage.kl_estimator=k2"
+                )
+
+
+def check_critic(cfg: Config, tokenizer: Any) -> None:
+    """model.critic likewise: that the stage has one, and that it reads the policy's token ids."""
+    given = cfg.model.critic
+    if given is None:
+        return
+    if not cfg.stage.needs_critic:
+        raise ConfigError(
+            f"model.critic is given, but stage={cfg.stage_name} has no critic as it is set; leave it out, or take stage=ppo "
+            "stage.advantage=gae"
+        )
+    with told_of_critic():
+        limit = position_limit(load_config(critic_config(cfg.model)))
+        if limit and cfg.data.max_length > limit:
+            raise ConfigError(
+                f"data.max_length={cfg.data.max_length}, but the positions of model.critic={given} end at {limit}"
+            )
+        check_vocabulary(tokenizer, load_tokenizer(critic_config(cfg.model)), given, "model.critic")
 
 
 def _model_of(cfg: Config) -> ModelConfig:
@@ -67,6 +94,7 @@ def _model_of(cfg: Config) -> ModelConfig:
         init="weights",
         config={},
         rope_scaling=None,
+        critic=None,
     )
 
 
@@ -261,12 +289,12 @@ def weights_digest(policy: Any) -> str:
     return found.hexdigest()
 
 
-def check_vocabulary(own: Any, other: Any, path: str) -> None:
-    """The reference must read the policy's token ids as the policy does."""
+def check_vocabulary(own: Any, other: Any, path: str, key: str = "model.reference") -> None:
+    """The model at that key must read the policy's token ids as the policy does."""
     ours, theirs = own.get_vocab(), other.get_vocab()
     if ours != theirs:
         differ = len(set(ours.items()) ^ set(theirs.items()))
         raise ModelError(
-            f"model.reference={path} has another vocabulary than the policy ({len(theirs):,} tokens there, {len(ours):,} "
-            f"here, {differ:,} differ); its log-probs would be of other text. Give a reference with the same tokenizer"
+            f"{key}={path} has another vocabulary than the policy ({len(theirs):,} tokens there, {len(ours):,} here, "
+            f"{differ:,} differ); its numbers would be of other text. Give one with the same tokenizer"
         )

@@ -14,6 +14,7 @@ import torch
 from posttrain.checkpoint import TrainState, load_optimizer, load_rng, load_state, reading, way_out
 from posttrain.errors import CheckpointError, ModelError
 from posttrain.models.load import load_config
+from posttrain.models.networks import CRITIC
 from posttrain.rundir import RECORD, RunDir
 from posttrain.runtime import Runtime, seed_everything, set_rng_state
 
@@ -38,13 +39,14 @@ def resumed(cfg: Config, run: RunDir) -> tuple[ModelConfig, AdapterConfig]:
             f"{run.checkpoint} holds {'an adapter' if has_adapter else 'a whole model'}, but adapter={cfg.adapter.name}; "
             "go on with the config of the run it comes from"
         )
+    critic = str(saved / CRITIC) if cfg.model.critic is not None else None
     if has_adapter:
         _check_adapter(cfg, saved)
-        return cfg.model, replace(cfg.adapter, path=str(saved))
+        return replace(cfg.model, critic=critic), replace(cfg.adapter, path=str(saved))
     # what model.config and rope_scaling changed stands in the checkpoint's config already: not once more
     model = replace(
         cfg.model, path=str(saved), tokenizer=cfg.model.tokenizer or cfg.model.path, init="weights", gguf_file=None,
-        revision=None, config={}, rope_scaling=None,
+        revision=None, config={}, rope_scaling=None, critic=critic,
     )  # fmt: skip
     pad = load_config(cfg.model).pad_token_id
     if (

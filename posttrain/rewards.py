@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.verify import VERIFIERS
+from posttrain.verify import VERIFIERS, require
 
 NAN = float("nan")
 START_SECONDS = 300
@@ -39,10 +39,11 @@ Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Judged]
 
 
 def open_reward(spec: str, seconds: float) -> Reward:
-    """The reward called `spec`: exact or number (against the row's `answer`), regex:PATTERN (the whole answer matches),
+    """The reward called `spec`: exact, number or math (against the row's `answer`), regex:PATTERN (the whole answer matches),
     length:N (minus the share by which an answer's characters exceed N), or module:function."""
     kind, _, argument = spec.partition(":")
     if kind in VERIFIERS and not argument:
+        require(kind)
         return Verified(kind)
     if kind == "regex" and argument:
         try:

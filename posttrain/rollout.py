@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from posttrain.models.policy import Policy
 from posttrain.models.rope import position_limit
+
+if TYPE_CHECKING:
+    from posttrain.models.networks import Networks
 
 LEAVE = 0.75
 """Rows leave the batch once at most this share of it is still being written: each time copies the others' cache."""
@@ -37,21 +40,73 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+
 
 @dataclass(frozen=True)
 class Generation:
     """One answer: its ids without the end token; the end token that closed it, or None where the length limit did.
 
-    logprobs: nats of the ids and the end token under the distribution they were drawn from.
+    logprobs: nats of the ids and the end token under the distribution they were drawn from. kept: for each of them the
+    tokens that top_k and top_p left to draw from, where they were set.
     """
 
     ids: list[int]
     end: int | None
     logprobs: list[float]
+    kept: list[np.ndarray] | None = None
 
     @property
     def finished(self) -> bool:
         return self.end is not None
+
+
+class RolloutBackend(Protocol):
+    """Who writes a stage's answers: token ids in; ids, finish reason and log-probs out."""
+
+    def update(self, networks: Networks) -> None:
+        """Take on the policy's weights as they are now."""
+
+    def __call__(
+        self,
+        networks: Networks,
+        prompts: Sequence[list[int]],
+        keys: Sequence[int],
+        sampling: Sampling,
+        samples: int,
+        max_new_tokens: int,
+    ) -> list[Generation]:
+        """`samples` answers to each prompt, beside each other; keys as in `generate`."""
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """The networks themselves write, on the device where they train."""
+
+    ends: set[int]
+    pad: int
+    runtime: Any
+
+    def update(self, networks: Networks) -> None:
+        pass
+
+    def __call__(
+        self,
+        networks: Networks,
+        prompts: Sequence[list[int]],
+        keys: Sequence[int],
+        sampling: Sampling,
+        samples: int,
+        max_new_tokens: int,
+    ) -> list[Generation]:
+        with self.runtime.autocast():
+            return generate(
+                networks.module, prompts, self.ends, self.pad, max_new_tokens, device=self.runtime.device, sampling=sampling,
+                samples=samples, keys=keys,
+            )  # fmt: skip
 
 
 @torch.no_grad()
@@ -86,8 +141,8 @@ def generate(
     return [answer for each in answers for answer in each]
 
 
-def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token of each row and its log-prob under the distribution it was drawn from, [rows] each.
+def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The next token of each row [rows], the log-probs of the distribution it was drawn from [rows, V], its own [rows].
 
     logits: [rows, V]; uniform: [rows] in [0, 1), by which the distribution's inverse is read.
     """
@@ -98,8 +153,19 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, T
         logprobs = filtered(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
         at = torch.searchsorted(cumulative, (uniform.to(cumulative) * cumulative[:, -1])[:, None], right=True)[:, 0]
-        token = torch.where(at < logits.shape[-1], at, logprobs.argmax(-1))  # a number that was rounded up to the end
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+        at = at.clamp(max=logits.shape[-1] - 1)  # a number that was rounded up to the end
+        drawn = logprobs.gather(-1, at[:, None])[
+            :, 0
+        ].isfinite()  # sums in another order may rise where nothing was left
+        token = torch.where(drawn, at, logprobs.argmax(-1))
+    return token, logprobs, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def kept_ids(logprobs: Tensor) -> list[np.ndarray]:
+    """For each row of log-probs [rows, V] the tokens that have any probability, int32."""
+    rows, ids = logprobs.isfinite().nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(logprobs)).cpu().numpy()
+    return np.split(ids.to(torch.int32).cpu().numpy(), np.cumsum(counts)[:-1])
 
 
 def filtered(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
@@ -147,12 +213,16 @@ class _Writer:
         uniforms = uniforms.to(self.device)
         tokens = torch.full((rows, room), self.pad, device=self.device)
         logprobs = torch.zeros(rows, room, device=self.device)
+        kept: list[list[np.ndarray]] | None = [[] for _ in range(rows)] if self.sampling.filters else None
         lengths = torch.full((rows,), room, device=self.device)
         here = torch.arange(rows, device=self.device)  # the answers that the batch's rows are
         alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         for t in range(room):
-            token, logprob = pick(logits, self.sampling, uniforms[here, t])
+            token, distribution, logprob = pick(logits, self.sampling, uniforms[here, t])
             written = here[alive]
+            if kept is not None:
+                for row, ids_left in zip(written.tolist(), kept_ids(distribution[alive]), strict=True):
+                    kept[row].append(ids_left)
             tokens[written, t], logprobs[written, t] = token[alive], logprob[alive]
             ended = alive & torch.isin(token, self.ends)
             lengths[here[ended]] = t + 1
@@ -161,12 +231,12 @@ class _Writer:
             if not left or t + 1 == room:
                 break
             if left <= LEAVE * len(alive):
-                kept = alive.nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                here, mask, token, alive = here[kept], mask[kept], token[kept], alive[kept]
+                still = alive.nonzero()[:, 0]
+                cache.batch_select_indices(still)
+                here, mask, token, alive = here[still], mask[still], token[still], alive[still]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             logits, cache = self._forward(token[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
-        return self._answers(tokens, logprobs, lengths)
+        return self._answers(tokens, logprobs, lengths, kept)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """The last position's logits, [rows, V], and the cache."""
@@ -176,13 +246,18 @@ class _Writer:
         )
         return output.logits[:, -1], output.past_key_values
 
-    def _answers(self, tokens: Tensor, logprobs: Tensor, lengths: Tensor) -> list[Generation]:
+    def _answers(
+        self, tokens: Tensor, logprobs: Tensor, lengths: Tensor, kept: list[list[np.ndarray]] | None
+    ) -> list[Generation]:
         ends = set(self.ends.tolist())
         found = []
-        for ids, nats, length in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True):
+        for row, (ids, nats, length) in enumerate(
+            zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
+        ):
             ids = ids[:length]
             end = ids[-1] if ids[-1] in ends else None
-            found.append(Generation(ids if end is None else ids[:-1], end, nats[:length]))
+            left = None if kept is None else kept[row]
+            found.append(Generation(ids if end is None else ids[:-1], end, nats[:length], left))
         return found
 
 
@@ -190,7 +265,7 @@ class _Library:
     """The library's generate, for models that keep another kind of state."""
 
     def __init__(self, policy: Policy, ends: set[int], pad: int, sampling: Sampling, device: Any) -> None:
-        self.policy, self.ends, self.device = policy, ends, device
+        self.policy, self.ends, self.device, self.filters = policy, ends, device, sampling.filters
         drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
         self.settings = GenerationConfig(
             num_beams=1, eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
@@ -206,14 +281,14 @@ class _Library:
             torch.manual_seed(int(uniforms[0, 0] * 2**53))
             output = self.policy.model.generate(input_ids=ids, attention_mask=mask)
         tokens = output.sequences[:, ids.shape[1] :]
-        nats = torch.stack([score.float().log_softmax(-1) for score in output.scores], 1).gather(-1, tokens[..., None])[
-            ..., 0
-        ]
+        whole = torch.stack([score.float().log_softmax(-1) for score in output.scores], 1)  # [rows, room, V]
+        nats = whole.gather(-1, tokens[..., None])[..., 0]
         found = []
-        for row, logprobs in zip(tokens.tolist(), nats.tolist(), strict=True):
+        for i, (row, logprobs) in enumerate(zip(tokens.tolist(), nats.tolist(), strict=True)):
             stop = next((n for n, token in enumerate(row) if token in self.ends), None)
-            end = None if stop is None else row[stop]
-            found.append(Generation(row[:stop], end, logprobs[: len(row) if stop is None else stop + 1]))
+            end, length = (None, len(row)) if stop is None else (row[stop], stop + 1)
+            kept = kept_ids(whole[i, :length]) if self.filters else None
+            found.append(Generation(row[:stop], end, logprobs[:length], kept))
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,14 +24,17 @@ from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.judge import open_judge
-from posttrain.layout import beyond_budget, packing_of, probe_layout
+from posttrain.layout import beyond_budget, packing_of, probe_critic, probe_layout
 from posttrain.models.load import load_config, load_tokenizer
-from posttrain.models.networks import Head, Networks, build_network
+from posttrain.models.networks import Head, Networks, build_network, told_of_critic
+from posttrain.models.policy import ValueModel
 from posttrain.models.probe import probe_positions, sliding_window
 from posttrain.models.rope import check_rope, position_limit
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
 from posttrain.resume import loading, restore, resumed
+from posttrain.rollout import InProcess, RolloutBackend
+from posttrain.rollout_server import VLLMServer
 from posttrain.rundir import RunDir
 from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
 from posttrain.stages.base import Supply
@@ -88,6 +92,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
     reference.check(cfg, tokenizer)
+    reference.check_critic(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not prepared.stream:
         on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
@@ -110,6 +115,10 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
     probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
+    critic = getattr(policy, "critic", None)
+    if isinstance(critic, ValueModel):
+        with told_of_critic():
+            loader.packing = probe_critic(cfg, critic, prepared, examples, loader.packing, runtime)
     prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
     optimizer = build_optimizer(policy, cfg.optim)
     state = restore(run, optimizer, runtime, cfg.train.seed)
@@ -117,17 +126,21 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     state.reference, found = reference.attach(
         cfg, runtime, prepared, loader.packing, state.reference, start, probed, console.line
     )
-    set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):
         loader.data = prepared.train  # now with its reference
-    wrapped = runtime.wrap(policy, find_unused=policy.is_mixture)
+    wrapped = runtime.wrap(policy, find_unused=policy.is_mixture or getattr(critic, "is_mixture", False))
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, loader.packing, runtime, cfg.eval, ends, cfg.train.seed)
-    supply = open_supply(cfg, runtime, loader, draws, ends, tokenizer, state, start)
+    supply = open_supply(cfg, runtime, loader, draws, ends, tokenizer, state, run)
+    if cfg.stage.keeps_reference:
+        networks.frozen = frozen.open_frozen(cfg, runtime, policy, is_start=start is not None)
+    set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     if not cfg.stage.answer_tokens:
         prepared.lines += loader.restore(state.stream) if state.step else []
     evaluator.judge = supply.judge
+    if cfg.stage.answer_tokens:
+        evaluator.sampled = partial(cfg.stage.held_out, networks, supply)
     if state.step > steps:
         raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(
@@ -143,15 +156,23 @@ def open_supply(
     ends: set[int],
     tokenizer: Any,
     state: TrainState,
-    start: Any,
+    run: RunDir,
 ) -> Supply:
-    """What the stage makes its steps with. start: the policy where it is still the start, else None."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    supply = Supply(loader, draws, runtime, loader.packing, ends, pad, cfg.train.seed, state=state.stream)
+    """What the stage makes its steps with."""
+    supply = Supply(loader, draws, runtime, loader.packing, cfg.train.seed, state=state.stream)
     if cfg.stage.answer_tokens:
         supply.judge = open_judge(cfg, runtime, tokenizer)
-        supply.reference = frozen.open_frozen(cfg, runtime, start) if cfg.stage.keeps_reference else None
+        supply.rollout = open_rollout(cfg, runtime, ends, tokenizer, run)
     return supply
+
+
+def open_rollout(cfg: Config, runtime: Runtime, ends: set[int], tokenizer: Any, run: RunDir) -> RolloutBackend:
+    """Who writes the answers: this process, or the server at stage.rollout_server."""
+    stage: Any = cfg.stage
+    if stage.rollout_server is not None:
+        return VLLMServer(stage.rollout_server, run.path / "served", ends, runtime)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return InProcess(ends, pad, runtime)
 
 
 def check_attention(cfg: Config, runtime: Runtime) -> None:

@@ -19,7 +19,7 @@ from posttrain.meter import Meter, not_finite
 from posttrain.models.export import save_model
 from posttrain.optim import learning_rate
 from posttrain.report import narrate
-from posttrain.report.console import Console
+from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
 from posttrain.rundir import create
 from posttrain.runtime import Runtime, rng_state
@@ -151,6 +151,8 @@ class Trainer:
                 before = step.measured.get(name, (0.0, 0.0))
                 step.measured[name] = (before[0] + told, before[1] + count)
             losses.append(total.detach())
+        for parameter in stage.resting(session.networks, step):
+            parameter.grad = None
         norm = runtime.clip(session.networks.parameters, self.cfg.optim.max_grad_norm)
         self._check_finite(norm, torch.stack(losses), step)
         lr = learning_rate(self.state.step, session.steps, self.cfg.optim.lr, self.cfg.schedule)
@@ -178,7 +180,9 @@ class Trainer:
 
     def _check_finite(self, norm: torch.Tensor, losses: torch.Tensor, step: Step) -> None:
         """losses: [micro-batches], of this rank."""
-        if not self.state.step and not float(norm):
+        if (
+            not self.state.step and not float(norm) and not self.cfg.stage.answers
+        ):  # sampled ones may all be equally good
             raise TrainingError(
                 "no gradient reaches the trained parameters at step 1: the run would change nothing. This is a defect of the "
                 "model, the adapter or a library's kernel; try adapter=none, or model.attention=eager"
@@ -216,8 +220,9 @@ class Trainer:
         metrics |= self.session.loader.metrics()
         metrics |= {"tokens_per_second": speed, "peak_memory_bytes": self.runtime.peak_memory_bytes()}
         self.logbook.log("train", state.step, metrics)
-        told = f"loss {metrics['loss']:.4f}" + (f"  {speed:,.0f} tok/s" if speed else "")
-        self.session.console.logged(state.step, self.session.steps, told)
+        shown = [f"{name} {_shown(metrics[name])}" for name in self.cfg.stage.shows if name in metrics]
+        shown += [f"{speed:,.0f} tok/s"] if speed else []
+        self.session.console.logged(state.step, self.session.steps, "  ".join(shown))
         for line in self.session.loader.news():
             self.session.console.line(f"  · {line}")
 
@@ -283,3 +288,10 @@ class Trainer:
             narrate.result(session, summary, self.start, evaluation)
         self.runtime.barrier()
         return summary
+
+
+def _shown(value: Any) -> str:
+    """A number of a training line; a score with its interval."""
+    if isinstance(value, dict):
+        return "unknown"  # of no example
+    return interval(value) if hasattr(value, "low") else f"{value:.4f}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 
-from posttrain.errors import DataError
+from posttrain.errors import ConfigError, DataError
 
 NUMBER = re.compile(r"(?<![\d)])-?\$?\d[\d,]*(?:\.\d+)?")
 MARKER = "####"
@@ -33,4 +34,23 @@ def final_number(text: str) -> float | None:
     return float(chosen.replace(",", "").replace("$", ""))
 
 
-VERIFIERS: dict[str, Callable[[str, str], bool | None]] = {"exact": exact, "number": number}
+def math(answer: str, reference: str) -> bool | None:
+    """The same value or expression as the library math-verify reads them, LaTeX or plain, with words around: 1/2 = 0.5."""
+    from math_verify import parse, verify
+
+    wanted = parse(reference) if "$" in reference or "\\boxed" in reference else parse(f"${reference}$")
+    if not wanted:
+        raise DataError(
+            f"the reference answer {reference[:60]!r} holds no mathematics that can be read; try number or exact"
+        )
+    given = parse(answer)
+    return bool(verify(wanted, given)) if given else None
+
+
+def require(name: str) -> None:
+    """ConfigError where this verifier's library is not installed."""
+    if name == "math" and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError("the verifier math needs the library math-verify: pip install 'posttrain[math]'")
+
+
+VERIFIERS: dict[str, Callable[[str, str], bool | None]] = {"exact": exact, "number": number, "math": math}

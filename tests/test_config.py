@@ -504,3 +504,9 @@ def test_stage_of_another_package_needs_no_yaml(monkeypatch):
     assert message(*REAL, "stage=another", "stage.beta=-1") == "stage.beta must be > 0, got -1; try 0.1"
     assert "did you mean stage.beta?" in message(*REAL, "stage=another", "stage.bta=1")
     assert "another" in message(*REAL, "stage=sftt")
+
+
+def test_what_refers_to_a_typed_value_is_typed_too() -> None:
+    config = resolve([*REAL, "stage=ppo", "stage.max_new_tokens=12", "data.max_length=64"])
+    assert (config.stage.max_new_tokens, config.eval.max_new_tokens) == (12, 12)
+    assert resolve([*REAL, "stage=ppo", "eval.max_new_tokens=5"]).eval.max_new_tokens == 5

@@ -78,6 +78,7 @@ WHY_NOT: dict[str, Callable[[Command], bool]] = {
         for key, value in c.settings.items()
         if key in ("data.train", "data.eval")
     ),
+    "it asks another's server": lambda c: "stage.rollout_server" in c.settings,  # tests/test_rollout_server.py has one
 }
 """The only reasons for which a command is composed and not run."""
 
@@ -126,14 +127,14 @@ def tables(text: str, first: str) -> list[list[str]]:
 # --- running a command ---
 
 
-def small(settings: dict[str, str], number: int, trains: bool) -> list[str]:
-    """What is put behind a command, so that it is quick and needs no network."""
+def small(settings: dict[str, str], number: int, trains: bool, samples: bool = False) -> list[str]:
+    """What is put behind a command, so that it is quick and needs no network. samples: its stage writes answers."""
     extra = {key: value for key, value in SMALL.items() if key not in settings}
     if "train.epochs" in settings:
         del extra["train.steps"]
     if "data.mix" in settings:
         del extra["data.train_limit"]  # it would be filled from the first source
-    if "stage.rewards" in settings:
+    if samples:
         extra |= {"stage.max_new_tokens": "6", "stage.samples": "2"}
     model = settings.get("model.path")
     if (("model" in settings or "recipe" in settings) and model is None) or (model and not Path(model).exists()):
@@ -149,10 +150,10 @@ def run_posttrain(command: Command, number: int) -> None:
         return  # a verb's name; that it is one, `verb` has found
     arguments = list(command.ours)
     if "--help" not in arguments and cli.VERBS[verb].takes_config:
-        resolve(cli.split_verb(arguments)[1], verb)
+        stage = resolve(cli.split_verb(arguments)[1], verb).stage
         if any(applies(command) for applies in WHY_NOT.values()):
             return
-        arguments += small(command.settings, number, verb in ("train", "eval"))
+        arguments += small(command.settings, number, verb in ("train", "eval"), samples=stage.answer_tokens > 0)
         arguments = [a for a in arguments if not a.startswith("model=")]
     assert cli.main(arguments) == 0, shlex.join(command.words)
 
@@ -375,9 +376,10 @@ def test_recipe(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_a_recipe_can_be_planned(recipe: Path) -> None:
-    first = header_commands(recipe)[0]
-    arguments = [word for word in first.ours if not word.startswith("run.")]
+    own = next(command for command in header_commands(recipe) if f"recipe={recipe.stem}" in command.words)
+    arguments = [word for word in own.ours if not word.startswith("run.")]
     settings = ["model.path=embedded", "data.max_length=64", "data.train_limit=64", "precision=fp32"]
+    settings += ["stage.max_new_tokens=8"] if resolve(arguments).stage.answer_tokens else []
     assert cli.main(["plan", *arguments, *settings]) == 0
 
 

@@ -22,6 +22,7 @@ STOREYS = [
         "reference",
         "frozen",
         "judge",
+        "rollout_server",
         "reward_model",
         "layout",
         "alarm",

@@ -103,7 +103,8 @@ def test_two_ranks_give_what_one_does(both: Path, posttrain_process: Run, stage:
             [v for f in ("value", "low", "high", "se") if (v := s["start"][metric][f]) is not None] for s in (a, b)
         )
         assert found == pytest.approx(known, rel=SCORES, abs=SCORES), metric
-    assert b["metrics"]["nll"]["value"] == pytest.approx(a["metrics"]["nll"]["value"], rel=1e-4)
+    watched = "nll" if "nll" in a["metrics"] else "reward"
+    assert b["metrics"][watched]["value"] == pytest.approx(a["metrics"][watched]["value"], rel=1e-4)
 
 
 def test_the_ranks_share_the_answers(posttrain_process: Run) -> None:
@@ -125,7 +126,8 @@ def test_killed_together_and_started_again(posttrain_process: Run, stage: str) -
     assert posttrain_process(*options, "run.dir=whole", ranks=2)["statuses"] == [0, 0]
     for number, moment in enumerate(KILLED.values()):
         killed = posttrain_process(*options, f"run.dir=r{number}", ranks=2, on_rank=0, die=moment)
-        assert killed["statuses"] == [-signal.SIGKILL] * 2, killed["output"]
+        assert killed["statuses"][0] == -signal.SIGKILL, killed["output"]
+        assert killed["statuses"][1] != 0, killed["output"]  # killed too, or it met the other's death first
         again = posttrain_process(*options, f"run.dir=r{number}", ranks=2)
         assert again["statuses"] == [0, 0], again["output"]
         assert "continues at step" in again["output"]

@@ -29,6 +29,7 @@ VARYING = {
     "reward_seconds",
     "score_seconds",
     "rollout_tokens_per_second",
+    "score_tokens_per_second",
     "peak_memory_bytes",
     "seconds",
     "run_dir",
@@ -66,6 +67,7 @@ STAGES = {
         "stage.minibatches=2",
         "stage.kl_target=1.0",
         "stage.whiten=true",
+        "stage.normalize_rewards=running",
         "data.train=embedded:prompts:100",
         "data.eval=embedded:prompts:40:held_out",
     ],
@@ -115,7 +117,15 @@ FEWER = ("in a step", "after the records, before their line", "between its files
          "after the last checkpoint")  # fmt: skip
 """The loop and the disk are the same for every stage: all moments for the first, these for the others."""
 
+SAMPLING = {
+    "while it samples": ("posttrain.stages.experience:token_columns", 3, "before"),
+    "between its epochs": ("posttrain.train:Trainer._check_finite", 4, "before"),
+}
+"""Of a stage that makes its own steps. Evaluations sample too."""
+
 CASES = [(stage, moment) for stage in STAGES for moment in (MOMENTS if stage == "sft" else FEWER)]
+CASES += [("ppo", moment) for moment in SAMPLING]
+MOMENTS |= SAMPLING
 
 
 def log(run_dir: str | Path) -> list[dict[str, Any]]:

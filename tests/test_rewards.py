@@ -12,6 +12,7 @@ import pytest
 
 from posttrain.errors import ConfigError, DataError
 from posttrain.rewards import Function, open_reward
+from posttrain.verify import VERIFIERS
 
 ROWS = [{"answer": "12"}, {"answer": "7"}, {"answer": "-3"}]
 ASKED = ["5+7=", "3+4=", "1-4="]
@@ -73,6 +74,26 @@ def test_verifiers() -> None:
     assert (exact.scores, exact.unreadable) == ([1, 0, 0], 1)
     number = open_reward("number", 1)(ASKED, ["it is 12.0", "I do not know", "#### -3"], ROWS)
     assert (number.scores, number.unreadable) == ([1, 0, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "verdict"),
+    [
+        (r"the answer is $\frac{1}{2}$", "0.5", True),
+        (r"thus $x=\sqrt{8}$", r"2\sqrt{2}", True),
+        ("it is 1/2", r"$\frac{1}{2}$", True),
+        (r"$\boxed{12}$", r"\boxed{13}", False),
+        ("I do not know", "2", None),
+    ],
+)
+def test_mathematics(answer: str, reference: str, verdict: bool | None) -> None:
+    assert VERIFIERS["math"](answer, reference) is verdict
+
+
+def test_a_verifier_whose_library_is_missing_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'posttrain\[math\]'"):
+        open_reward("math", 1.0)
 
 
 def test_an_unreadable_answer_is_wrong_and_counted_apart() -> None:

@@ -106,7 +106,7 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
     """20,000 draws; 5 standard deviations of each share."""
     logits, count = torch.tensor([1.0, 0.0, -1.0, -30.0]), 20_000
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    token, logprob = pick(logits.expand(count, -1), Sampling(2.0), uniform)
+    token, _, logprob = pick(logits.expand(count, -1), Sampling(2.0), uniform)
     expected = (logits / 2).softmax(-1)
     seen = Counter(token.tolist())
     for i, p in enumerate(expected.tolist()):
@@ -117,7 +117,7 @@ def test_tokens_come_as_often_as_they_are_likely() -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_a_filtered_token_is_never_drawn(uniform: float) -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0, 0.0]])
-    token, _ = pick(logits, Sampling(1.0, top_k=2), torch.tensor([uniform], dtype=torch.float64))
+    token, *_ = pick(logits, Sampling(1.0, top_k=2), torch.tensor([uniform], dtype=torch.float64))
     assert token.item() in (1, 2)
 
 

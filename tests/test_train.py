@@ -1,18 +1,22 @@
 """The loop end to end on the embedded model: numbers do not depend on how the work is split, and a run can stop and go on."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_arguments
 from safetensors.torch import load_file
 
 Run = Callable[..., Any]
-VARYING = {"tokens_per_second", "peak_memory_bytes"}
+VARYING = {"tokens_per_second", "peak_memory_bytes", "rollout_seconds", "reward_seconds", "score_seconds",
+           "rollout_tokens_per_second", "score_tokens_per_second"}  # fmt: skip
 
 
 def log(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -55,6 +59,8 @@ SPLITS = {
 }
 PAIRS = ["data.train=embedded:pairs:200", "data.eval=embedded:pairs:20:held_out"]
 GROUPS = ["data.train=embedded:groups:200", "data.eval=embedded:groups:20:held_out"]
+SAMPLED = ["data.train=embedded:prompts:200", "data.eval=embedded:prompts:20:held_out", "stage.rewards=[exact]",
+           "stage.samples=3", "stage.max_new_tokens=4", "eval.generate=20", "eval.max_new_tokens=4"]  # fmt: skip
 STEADY = ["optim.lr=1e-3", "optim.eps=0.1", "train.steps=10", "train.save_every=5",
           "data.eval=embedded:prompt_completion:20:held_out"]  # fmt: skip
 """AdamW's first steps divide each gradient by its own size, and so make of rounding whole steps; a large eps does not."""
@@ -74,6 +80,15 @@ STAGES = {
     "gpro dual": ["stage=gpro", "stage.form=dual", *GROUPS, *SLOW],
     "reward": ["stage=reward", *PAIRS],
     "reward of groups": ["stage=reward", "stage.objective=plackett_luce", "stage.pooling=mean", *GROUPS],
+    "ppo": [
+        "stage=ppo",
+        *SAMPLED,
+        "stage.minibatches=2",
+        "stage.kl_in=both",
+        "stage.entropy_weight=0.01",
+        "optim.lr=3e-3",
+    ],
+    "grpo": ["stage=grpo", *SAMPLED, "stage.minibatch=token", "stage.kl_estimator=full", "optim.lr=3e-3"],
     "mixture": ["model.path=mixture", "model.init=config", "stage.aux_weight=0.1"],
 }
 """What must not depend on how the work is split, nor on padding or ranks (tests/test_ranks.py). A new stage joins here."""
@@ -85,6 +100,15 @@ def assert_weights_move(run_dir: str | Path) -> None:
     """From a STEADY run's first checkpoint to its end, much farther than they may differ from another's."""
     first, end = weights(min((Path(run_dir) / "checkpoints").glob("step-*"))), weights(run_dir)
     assert max(float((end[name] - tensor).abs().max()) for name, tensor in first.items()) > 25 * WEIGHTS
+
+
+def lived_through(group: Any) -> Any:
+    """A sampled answer with what an iteration of ppo works out of each of its tokens, drawn at random."""
+    rng = np.random.default_rng(len(group.responses[0]))
+    for name in ("old", "reference", "values", "returns", "advantages"):
+        group.tokens[name] = rng.normal(size=group.trained_tokens)
+    group.tokens |= {name: np.ones(group.trained_tokens) for name in ("kl_weight", "learns")}
+    return group
 
 
 @pytest.mark.usefixtures("mixture")
@@ -117,11 +141,17 @@ def test_padding_changes_neither_loss_nor_gradients(stage: str, layout: str) -> 
     cfg = resolve(small_arguments(*STAGES[stage]))
     tokenizer = load_tokenizer(cfg.model)
     groups = prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed).train.groups(range(6))
-    policy, _ = build_network(cfg.model, cfg.adapter, torch.float32, cfg.train.seed, head=cfg.stage.head({1}))
+    if cfg.stage.answer_tokens:
+        groups = [lived_through(group.in_two()) for group in groups]
+    head, critic = cfg.stage.head({1}), cfg.stage.needs_critic
+    policy, _ = build_network(cfg.model, cfg.adapter, torch.float32, cfg.train.seed, head=head, critic=critic)
     for parameter in policy.parameters():  # an adapter begins at zero, where its other half has no gradient
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
     networks = Networks(policy, policy, tokenizer)
+    reference = copy.deepcopy(policy)
+    torch.nn.init.normal_(next(reference.parameters()), generator=torch.Generator().manual_seed(1))
+    networks.frozen = lambda: nullcontext(reference)
     rows = [[0, 1, 2], [3, 4, 5]] if layout == "packed" else [[i] for i in range(6)]
     found = []
     for extra in (0, 1, 17):

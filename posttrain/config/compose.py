@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -175,6 +176,15 @@ def _stage_class(name: str) -> type:
     return find(name)
 
 
+def _referring(flat: Mapping[str, Any], typed: set[str]) -> set[str]:
+    """Keys whose value is that of a typed key, ${key} and no more, however many steps away."""
+    names = {key: re.fullmatch(r"\$\{([\w.]+)\}", value) for key, value in flat.items() if isinstance(value, str)}
+    found: set[str] = set()
+    while more := {key for key, name in names.items() if name and name[1] in typed | found} - found:
+        found |= more
+    return found
+
+
 def _interpolate(flat: Mapping[str, Any], stage_name: str) -> dict[str, Any]:
     """Nested plain values with every ${...} replaced; what was typed stays marked as such."""
     typed = {key for key, value in flat.items() if isinstance(value, Typed)}
@@ -189,7 +199,7 @@ def _interpolate(flat: Mapping[str, Any], stage_name: str) -> dict[str, Any]:
             f"{at or 'a value'} cannot be interpolated: {reason}; for a plain `${{`, write `\\${{`"
         ) from None
     resolved = flatten(plain)  # type: ignore[arg-type]
-    for key in typed & resolved.keys():
+    for key in {*typed, *_referring(flat, typed)} & resolved.keys():
         if isinstance(resolved[key], str):
             resolved[key] = Typed(resolved[key])
     del resolved["stage.name"]

@@ -35,6 +35,7 @@ class ModelConfig:
     chat_template: str | None = field(metadata=PATH)
     reference: str | None = field(metadata=PATH)
     reward: str | None = field(metadata=PATH)
+    critic: str | None = field(metadata=PATH)
     trust_remote_code: bool
 
 
@@ -143,7 +144,7 @@ class EvalConfig:
     bins: int = field(metadata={"min": 1})
     generate: int = field(metadata={"min": 0})
     max_new_tokens: int = field(metadata={"min": 1})
-    verifier: Literal["none", "exact", "number"]
+    verifier: Literal["none", "exact", "number", "math"]
 
 
 @dataclass

@@ -34,6 +34,7 @@ class Batch:
         standings: by which a Group's responses order, higher is better.
     reference: [N] the reference's log-probs of the targets (nats), where the run has a reference.
     columns: name → [N] what a stage has worked out of each target beforehand.
+    kept: [2, M] target and token id of all tokens that sampling left to draw from, target after target; None if it left all.
     weight: 1, or 0 for a batch that only keeps the ranks in step and counts nothing.
     """
 
@@ -60,6 +61,7 @@ class Batch:
     margin: Tensor
     reference: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
+    kept: Tensor | None = None
     weight: float = 1.0
 
     @property
@@ -219,7 +221,17 @@ def _facts(groups: Sequence[TokenGroup], owner: list[tuple[int, int]]) -> dict[s
             name: torch.from_numpy(np.concatenate([groups[g].tokens_of(name, k) for g, k in owner]).astype(np.float32))
             for name in groups[owner[0][0]].tokens
         },
+        "kept": _kept(groups, owner),
     }
+
+
+def _kept(groups: Sequence[TokenGroup], owner: list[tuple[int, int]]) -> Tensor | None:
+    """See Batch.kept."""
+    if groups[owner[0][0]].kept is None:
+        return None
+    each = [ids for g, k in owner for ids in groups[g].kept_of(k)]
+    targets = np.repeat(np.arange(len(each)), [len(ids) for ids in each])
+    return torch.from_numpy(np.stack([targets, np.concatenate(each).astype(np.int64)]))
 
 
 def _reference(groups: Sequence[TokenGroup], owner: list[tuple[int, int]]) -> Tensor | None:

@@ -28,6 +28,12 @@ def nothing_left(key: str, sources: list[Source], encoding: Encoding, stage: Sta
         return f"{key} ({names}): nothing to learn: {stage.useless}, in all of them"
     if counts["too_long"]:
         every = "all" if counts["too_long"] == counts["groups"] else f"{counts['too_long']:,} of {counts['groups']:,}"
+        if encoding.answer_tokens:
+            return (
+                f"{key}: {every} prompts leave less than stage.max_new_tokens={encoding.answer_tokens} of "
+                f"data.max_length={encoding.max_length} tokens to the answer, and none is left; raise the second, or lower the "
+                "first"
+            )
         return (
             f"{key}: {every} examples are longer than data.max_length={encoding.max_length} tokens, and none is left; "
             "raise it, or set data.on_too_long=truncate"

@@ -50,7 +50,7 @@ class Tokenizer:
     def groups(self, groups: Iterable[Group]) -> Iterator[TokenGroup]:
         """TokenGroups in the order of the Groups, without those that are dropped."""
         ends = self.ends | {self.eos}
-        self.pool = ThreadPoolExecutor(1)
+        pool = self.pool = ThreadPoolExecutor(1)
         try:
             for token_groups in _one_ahead(map(self._encode, _parts(iter(groups)))):
                 for token_group in token_groups:
@@ -58,9 +58,7 @@ class Tokenizer:
                         self.counts.kept += 1
                         yield token_group
         finally:
-            self.pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # who stops early may be the thread itself, by its collector
+            pool.shutdown(wait=False, cancel_futures=True)  # who stops early may be the thread itself, by its collector
 
     def stream(self, blocks: Iterable[str], file: str) -> Iterator[TokenGroup]:
         """Windows of one endless document."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class TokenGroup:
     rewards, ranks, target_probs, sampler_logprobs, margin: as in the Group; an empty list where it has none.
     reference: [trained_tokens] the reference's log-probs of the targets, response after response, once they are known.
     tokens: name → [trained_tokens] numbers of each target that a stage has worked out beforehand, in the same order.
+    kept: for each target the token ids that sampling left to draw from, where it left some out.
     """
 
     id: str
@@ -60,6 +61,7 @@ class TokenGroup:
     source: int = 0
     reference: np.ndarray | None = None
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    kept: list[np.ndarray] | None = None
 
     @property
     def count(self) -> int:
@@ -105,6 +107,13 @@ class TokenGroup:
             for k in range(self.count)
         ]
 
+    def only(self, chosen: np.ndarray) -> TokenGroup:
+        """The same, of whose targets [trained_tokens] only the chosen ones train."""
+        left = iter(chosen.tolist())
+        masks = [[target and next(left) for target in mask] for mask in self.masks]
+        kept = None if self.kept is None else [self.kept[i] for i in chosen.nonzero()[0]]
+        return replace(self, masks=masks, tokens={name: v[chosen] for name, v in self.tokens.items()}, kept=kept)
+
     def reference_of(self, k: int) -> np.ndarray:
         """Of response k alone."""
         assert self.reference is not None
@@ -113,6 +122,11 @@ class TokenGroup:
     def tokens_of(self, name: str, k: int) -> np.ndarray:
         """Of response k alone."""
         return self.tokens[name][self._targets(k)]
+
+    def kept_of(self, k: int) -> list[np.ndarray]:
+        """Of response k alone."""
+        assert self.kept is not None
+        return self.kept[self._targets(k)]
 
     def _targets(self, k: int) -> slice:
         stops = np.cumsum([0, *(sum(mask) for mask in self.masks)])

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from posttrain.models.networks import CRITIC, Networks
+from posttrain.models.networks import CRITIC, CRITIC_HEAD, Networks
+from posttrain.models.policy import ValueModel
 from posttrain.models.reward import POOLING_KEY, RewardModel
 
 
-def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch.dtype | None = None) -> None:
-    """Weights (or adapter), config, generation_config and tokenizer.
+def save_model(
+    networks: Networks, directory: Path, ends: set[int], dtype: torch.dtype | None = None, critic: bool = True
+) -> None:
+    """Weights (or adapter), config, generation_config, tokenizer, and a policy's critic.
 
     ends: what generation must stop at; saved in generation_config, beside what was there. dtype: of the saved weights;
     None keeps them exactly as they are trained.
@@ -43,9 +46,17 @@ def save_model(networks: Networks, directory: Path, ends: set[int], dtype: torch
         network.config.dtype = trained_in
         _write_dtype(directory, dtype)
     tokenizer.save_pretrained(directory)
-    critic = getattr(networks.module, "critic", None)
-    if critic is not None:
-        save_file(critic.state_dict(), directory / CRITIC)
+    if critic:
+        _save_critic(getattr(networks.module, "critic", None), tokenizer, directory / CRITIC)
+
+
+def _save_critic(critic: Any, tokenizer: Any, directory: Path) -> None:
+    if isinstance(critic, ValueModel):
+        critic.network.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    elif critic is not None:
+        directory.mkdir()
+        save_file(critic.state_dict(), directory / CRITIC_HEAD)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

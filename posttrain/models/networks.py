@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,17 @@ from safetensors.torch import load_file
 from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
+from posttrain.models.lineage import resolve_path
 from posttrain.models.load import load_config, load_model
-from posttrain.models.policy import Policy
+from posttrain.models.policy import Policy, ValueModel, value_head
 from posttrain.models.reward import POOLING_KEY, Pooling, RewardModel
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, ModelConfig
 
-CRITIC = "critic.safetensors"
+CRITIC, CRITIC_HEAD = "critic", "value_head.safetensors"
+"""Beside a policy's weights, in a folder where no other tool takes it for some of them: a critic that is a model of its own, or
+the value head on the policy."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Networks:
     """policy: what stages call (wrapped for the ranks). module: the bare one inside, a Policy or a RewardModel.
     tokenizer: its own.
 
-    adapter: a line about it. source_dtype: what the final weights are saved in; None keeps the training dtype.
+    adapter: a line about it. source_dtype: what the final weights are saved in; None keeps the training dtype. frozen: a
+    context that gives the reference, a Policy that does not train, where a stage that samples keeps one.
     """
 
     policy: Any
@@ -44,6 +50,7 @@ class Networks:
     tokenizer: Any
     adapter: str = "none"
     source_dtype: torch.dtype | None = None
+    frozen: Callable[[], AbstractContextManager[Any]] | None = None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -63,7 +70,7 @@ def build_network(
     head: Head | None = None,
     critic: bool = False,
 ) -> tuple[Decoder, str]:
-    """The network on the CPU and a line about its adapter: a policy (with `critic` a value head), or with `head` a reward
+    """The network on the CPU and a line about its adapter: a policy (with `critic` also a critic), or with `head` a reward
     model.
 
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
@@ -77,28 +84,65 @@ def build_network(
     described = "none"
     _freeze_towers(network)
     if checkpointing:
-        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-        try:
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise ModelError(
-                f"the {config.model_type} architecture cannot recompute activations; set train.gradient_checkpointing=false"
-            ) from error
+        _recompute_activations(network)
     if frozen:
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
     if head is not None:
         return RewardModel(network, head.pooling, head.ends), described
-    policy = Policy(network, critic)
-    if critic:
-        load_critic(policy, adapter.path or model.path)
+    policy = Policy(network)
+    if critic and model.critic is not None:
+        policy.critic = load_critic(model, seed, checkpointing)
+    elif critic:
+        policy.critic = head_on(policy, adapter.path or model.path)
     return policy, described
 
 
-def load_critic(policy: Policy, directory: str | None) -> None:
-    """The value head that was saved beside these weights; where there is none it stays at 0."""
-    path = Path(directory or "").expanduser() / CRITIC
+def head_on(policy: Policy, directory: str | None) -> torch.nn.Linear:
+    """The value head that was saved beside these weights; where there is none it begins at 0."""
+    head = value_head(policy)
+    path = Path(resolve_path(directory) if directory else "") / CRITIC / CRITIC_HEAD
     if directory and path.is_file():
-        policy.critic.load_state_dict(load_file(path))  # type: ignore[union-attr]
+        head.load_state_dict(load_file(path))
+    return head
+
+
+def critic_config(model: ModelConfig) -> ModelConfig:
+    """model.* of the model given as critic."""
+    return replace(
+        model, path=model.critic, tokenizer=None, revision=None, gguf_file=None, init="weights", config={},
+        rope_scaling=None, chat_template=None,
+    )  # fmt: skip
+
+
+@contextmanager
+def told_of_critic() -> Iterator[None]:
+    """What goes wrong with the critic names its own key."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path", "model.critic")) from error
+
+
+def load_critic(model: ModelConfig, seed: int, checkpointing: bool) -> ValueModel:
+    """The model at model.critic in fp32: a reward model with its score layer, any other with one that begins at 0."""
+    with told_of_critic():
+        own = critic_config(model)
+        network: Any = load_model(own, load_config(own), torch.float32, seed, None, scores=True)
+        _freeze_towers(network)
+        if checkpointing:
+            _recompute_activations(network)
+        return ValueModel(network)
+
+
+def _recompute_activations(network: Any) -> None:
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(
+            f"the {network.config.model_type} architecture cannot recompute activations; set "
+            "train.gradient_checkpointing=false"
+        ) from error
 
 
 def _check_pooling(config: Any, model: ModelConfig, adapter: AdapterConfig, head: Head) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from posttrain.errors import ModelError
 from posttrain.models.decoder import Decoder, text_config
 from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_statistics, weighted_nll
 from posttrain.models.router import Router
-from posttrain.models.token_logprobs import token_entropies, token_logprobs
+from posttrain.models.token_logprobs import token_entropies, token_kl, token_logprobs
 
 
 @dataclass
@@ -22,7 +24,8 @@ class Scores:
 
     objective: Σ w·nll, scalar, where weights were given. logprobs: nats, detached if weights were given.
     statistics: hit, confidence, entropy, where asked for. router: a mixture's load balance, where there is one.
-    values: the critic's, fp32, of the state before each target; None without a critic.
+    values: the critic's, fp32, of the state before each target; None without a critic. kl: to a reference, over the vocabulary.
+    sampled: log-probs among the tokens that sampling left to draw from (Batch.kept), where it left some out.
     """
 
     logprobs: Tensor
@@ -31,19 +34,17 @@ class Scores:
     router: Router | None = None
     values: Tensor | None = None
     entropy: Tensor | None = None
+    kl: Tensor | None = None
+    sampled: Tensor | None = None
 
 
 class Policy(Decoder):
-    """A causal language model; with `critic` also V(s), a linear layer on the last states that begins at 0."""
+    """A causal language model; with a critic also V(s), from a linear layer on its last states or from a model of its own."""
 
-    def __init__(self, model: Any, critic: bool = False) -> None:
+    def __init__(self, model: Any, critic: nn.Linear | ValueModel | None = None) -> None:
         super().__init__(model)
         self.transform = logit_transform(text_config(self.network))
-        self.critic: nn.Linear | None = None
-        if critic:
-            self.critic = nn.Linear(text_config(self.network).hidden_size, 1, dtype=torch.float32)
-            nn.init.zeros_(self.critic.weight)
-            nn.init.zeros_(self.critic.bias)
+        self.critic: nn.Linear | ValueModel | None = critic
 
     @property
     def head(self) -> nn.Module:
@@ -62,11 +63,14 @@ class Policy(Decoder):
         entropy: bool = False,
         router: bool = False,
         temperature: float = 1.0,
+        reference: Callable[[], AbstractContextManager[Policy]] | None = None,
+        values_alone: bool = False,
     ) -> Scores:
         """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once.
 
         temperature: of the distribution that log-probs and statistics are of. entropy: of the statistics, or beside
-        differentiable log-probs differentiable too.
+        differentiable log-probs differentiable too. reference: asks for the KL to the policy that it gives. values_alone: the
+        critic's gradient ends at the states that it reads.
         """
         transform = self.transform if temperature == 1 else replace(self.transform, temperature=temperature)
         states, balance = self.states(batch, router)
@@ -83,16 +87,46 @@ class Policy(Decoder):
             scores = Scores(token_logprobs(hidden, self.head, batch.targets, transform))
             if entropy:
                 scores.entropy = token_entropies(hidden, self.head, transform)
+            if reference is not None:
+                with torch.no_grad(), reference() as other:
+                    there = other.hidden(batch).flatten(0, 1)[batch.predict]
+                scores.kl = token_kl(hidden, there, self, reference, temperature)
+        if batch.kept is not None:
+            scores.sampled = token_logprobs(hidden, self.head, batch.targets, transform, batch.kept)
         scores.router = balance
         if self.critic is not None:
-            scores.values = self.values(hidden)
+            scores.values = self.values(batch, hidden.detach() if values_alone else hidden)
         return scores
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """V of each state [N, H], [N] fp32: in 8 bits of mantissa its differences would be lost."""
-        assert self.critic is not None
+    def values(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """V of each target's state, [N] fp32: in 8 bits of mantissa its differences would be lost. hidden: [N, H]"""
+        if isinstance(self.critic, ValueModel):
+            found: Tensor = self.critic(batch)
+            return found
+        assert isinstance(self.critic, nn.Linear)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.critic(hidden.float()).squeeze(-1)
+            values: Tensor = self.critic(hidden.float()).squeeze(-1)
+        return values
+
+
+class ValueModel(Decoder):
+    """A critic of its own: a model with a score layer, read at the state before each target."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """V, [N] fp32."""
+        hidden = self.hidden(batch).flatten(0, 1)[batch.predict]
+        with torch.autocast(hidden.device.type, enabled=False):
+            score: Any = self.network.score
+            values: Tensor = score(hidden.float()).squeeze(-1)
+        return values
+
+
+def value_head(policy: Policy) -> nn.Linear:
+    """V(s) on the policy's own last states, 0 at first."""
+    head = nn.Linear(text_config(policy.network).hidden_size, 1, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from posttrain.summary import Summary
 
 SHOWN = (
-    "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "objective", "reward", "nll", "nll_best", "nll_worst",
-    "perplexity", "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece", "brier",
-    "temperature",
+    "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "objective", "reward", "reward_sampled", "nll", "nll_best",
+    "nll_worst", "perplexity", "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece",
+    "brier", "temperature",
 )  # fmt: skip
 """Metrics of the final table, in its order; metrics.jsonl has all."""
 

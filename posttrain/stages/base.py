@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
+from torch.nn import Parameter
 
 from posttrain import stages
 from posttrain.errors import ConfigError
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from posttrain.data.batches import Batch
     from posttrain.data.group import Group
     from posttrain.data.loader import Step
+    from posttrain.data.tokens import TokenGroup
     from posttrain.models.networks import Head, Networks
     from posttrain.models.router import Router
+    from posttrain.rollout import RolloutBackend
 
 Records = dict[str, np.ndarray]
 
@@ -37,10 +39,12 @@ class Loss:
 
     terms: one differentiable scalar a term, a SUM over its units; the trainer divides by the step's count of them.
     stats: cheap numbers for the log, each a detached (sum, count) pair, pooled over micro-batches, ranks and steps.
+    peaks: likewise numbers >= 0 of which the largest is told.
     """
 
     terms: dict[str, Tensor]
     stats: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    peaks: dict[str, Tensor] = field(default_factory=dict)
 
     def with_router(self, router: Router | None) -> Loss:
         """With a mixture's load balance as the term `aux`, where there is one."""
@@ -55,18 +59,16 @@ class Supply:
     """What a stage that makes its own steps works with.
 
     loader: the data's order; its `take` gives the prompts of an iteration. draws: how many examples an epoch-counted run draws.
-    runtime: ranks, device, precision. ends, pad: token ids. reference: networks → a context that gives the frozen policy.
-    judge: (prompts, answers) → their rewards. state: what Step.stream held at the checkpoint that the run goes on from.
+    runtime: ranks, device, precision. rollout: writes answers. judge: (prompts, answers) → their rewards. state: what
+    Step.stream held at the checkpoint that the run goes on from.
     """
 
     loader: Any
     draws: int | None
     runtime: Any
     packing: Any
-    ends: set[int]
-    pad: int
     seed: int
-    reference: Callable[[Networks], AbstractContextManager[Any]] | None = None
+    rollout: RolloutBackend | None = None
     judge: Any = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -86,6 +88,8 @@ class Stage:
     watches: ClassVar[str] = "nll"
     """The metric by which best-so-far and early stopping judge; stats.LOWER_IS_BETTER says in which direction."""
 
+    shows: ClassVar[tuple[str, ...]] = ("loss",)
+    """What the line of a training step tells; metrics.jsonl has all."""
     undecided: ClassVar[tuple[str, ...]] = ()
     """Metrics that the final table gives no verdict on, since they may rise or fall whether the model is better or not."""
 
@@ -133,6 +137,11 @@ class Stage:
         return 0
 
     @property
+    def answers(self) -> int:
+        """How many answers it samples to each prompt; 0 where answers come with the data."""
+        return 0
+
+    @property
     def updates(self) -> int:
         """Optimizer steps that the Groups of one draw are good for."""
         return 1
@@ -145,6 +154,10 @@ class Stage:
         """Steps first .. last-1; by default the data's own. A stage that samples makes them of what it has sampled."""
         return supply.loader.steps(first, last, supply.draws)
 
+    def held_out(self, networks: Networks, supply: Supply, prompts: list[TokenGroup]) -> list[dict[str, float]]:
+        """A stage that samples: the metrics of one sampled answer to each held-out prompt, on every rank."""
+        raise NotImplementedError
+
     def weights(self) -> dict[str, float]:
         """The weight of each loss term; a term that is not named here weighs 1."""
         return {}
@@ -156,6 +169,11 @@ class Stage:
     def loss(self, networks: Networks, batch: Batch) -> Loss:
         """Sums over this micro-batch's units; see Loss."""
         raise NotImplementedError
+
+    def resting(self, networks: Networks, step: Step) -> Iterable[Parameter]:
+        """Parameters that this step leaves as they are: without a gradient, weight decay and the optimizer's averages stand
+        still too."""
+        return ()
 
     def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
         """Evaluation records: column name → fp64 array with a row for each of the batch's Groups."""

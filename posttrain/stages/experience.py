@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain import stats
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.tokens import Examples, TokenGroup
-from posttrain.rollout import Generation, Sampling, generate
+from posttrain.rollout import Generation, Sampling
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Experience:
     """All ranks' responses, one TokenGroup each, those of a prompt beside each other.
 
-    mask, logprobs, reference, values: [B, T] over responses and their tokens, fp64, 0 off the mask; scores: [B], NaN where
-    every reward failed. parts: each reward's own [B]. finished: [B] whether an end token closed the response.
+    mask, logprobs, reference, values: [B, T] over responses and their tokens, fp64, 0 off the mask; scores: [B] the rewards'
+    weighted sum, NaN where one failed. parts: each reward's own [B]. finished: [B] whether an end token closed the response.
     """
 
     groups: list[TokenGroup]
@@ -38,6 +38,7 @@ class Experience:
     scores: Tensor
     parts: dict[str, Tensor]
     finished: Tensor
+    samples: int
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
@@ -46,10 +47,30 @@ class Experience:
         """Nats a response by which the policy has left the reference, estimated on its own samples."""
         return float((self.logprobs - self.reference).sum(1).mean())
 
+    def _laid_out(
+        self, groups: dict[int, TokenGroup], positions: Sequence[int] | np.ndarray, layout: str
+    ) -> list[TokenGroup]:
+        if layout != "shared":
+            return [groups[int(i)] for i in positions]
+        return [joined([groups[i] for i in part]) for part in _by_prompt(positions, self.samples)]
+
     def put(self, name: str, values: Tensor) -> None:
         """Give each response its tokens' values [B, T]; log-probs, reference and values go along."""
         for row, group in enumerate(self.groups):
             group.tokens[name] = values[row, : group.trained_tokens].numpy()
+
+    def minibatch(self, positions: Sequence[int] | np.ndarray, layout: str) -> list[TokenGroup]:
+        """The responses at these positions as Groups to train on; in the shared layout those of a prompt are one Group."""
+        return self._laid_out(dict(enumerate(self.groups)), positions, layout)
+
+    def token_minibatch(self, steps: np.ndarray, layout: str) -> list[TokenGroup]:
+        """Likewise of these token-steps alone, counted through all responses; the others are read and not trained."""
+        stops = np.cumsum([group.trained_tokens for group in self.groups])
+        chosen = np.zeros(stops[-1], dtype=bool)
+        chosen[steps] = True
+        parts = np.split(chosen, stops[:-1])
+        groups = {i: self.groups[i].only(part) for i, part in enumerate(parts) if part.any()}
+        return self._laid_out(groups, list(groups), layout)
 
     def metrics(self, beta: float) -> dict[str, Any]:
         """For the log line of the iteration; rewards with intervals clustered by prompt."""
@@ -76,7 +97,8 @@ class Experience:
                 1 - error.var(unbiased=False) / returns.var(unbiased=False).clamp(min=1e-12)
             )
         found |= {f"{name}_seconds": value for name, value in self.seconds.items()}
-        found["rollout_tokens_per_second"] = float(lengths.sum()) / max(self.seconds["rollout"], 1e-9)
+        for part in ("rollout", "score"):
+            found[f"{part}_tokens_per_second"] = float(lengths.sum()) / max(self.seconds[part], 1e-9)
         return found
 
 
@@ -86,11 +108,11 @@ def collect(
     """Sample, score, and recompute log-probs with the training forward; every rank ends with all of it."""
     runtime, began = supply.runtime, time.monotonic()
     mine = list(range(len(prompts)))[runtime.rank :: runtime.world]
-    with runtime.autocast():
-        answers = generate(
-            networks.module, [prompts[i].prompt for i in mine], supply.ends, supply.pad, stage.max_new_tokens,
-            device=runtime.device, sampling=sampling, samples=stage.samples, keys=mine,
-        )  # fmt: skip
+    assert supply.rollout is not None
+    supply.rollout.update(networks)
+    answers = supply.rollout(
+        networks, [prompts[i].prompt for i in mine], mine, sampling, stage.samples, stage.max_new_tokens
+    )
     rolled = time.monotonic()
     asked = [prompts[i] for i in mine for _ in range(stage.samples)]
     judged = supply.judge(asked, answers)
@@ -102,21 +124,20 @@ def collect(
     weights = stage.reward_weights or [1.0] * len(parts)
     total = sum(w * part for w, part in zip(weights, parts.values(), strict=True))
     finished = torch.tensor([answer.finished for answer in answers])
-    scores = torch.as_tensor(total, dtype=torch.float64) - stage.missing_end_penalty * (~finished).double()
-    if stage.reward_clip is not None:
-        scores = scores.clamp(-stage.reward_clip, stage.reward_clip)
+    scores = torch.as_tensor(total, dtype=torch.float64)
     mask = _matrix([np.ones(group.trained_tokens) for group in groups])
     found = {name: _matrix(columns[name]) for name in ("logprobs", "reference", "values", "entropy")}
     experience = Experience(
         groups, mask, found["logprobs"], found["reference"], found["values"], found["entropy"], scores, parts, finished,
-        seconds,
+        stage.samples, seconds,
     )  # fmt: skip
     experience.counts = {
         "reward_unreadable": unreadable / len(groups),
         "reward_failed": float(scores.isnan().double().mean()),
+        "rollout_gap": float(np.abs(np.concatenate(columns["sampled"]) - _written(answers)).mean()),
     }
-    for name in ("logprobs", "reference", "values"):
-        for group, values in zip(groups, columns[name], strict=True):
+    for name, column in {"old": "sampled", "reference": "reference", "values": "values"}.items():
+        for group, values in zip(groups, columns[column], strict=True):
             group.tokens[name] = values
     return experience
 
@@ -124,12 +145,13 @@ def collect(
 def token_columns(
     networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
 ) -> dict[str, list[np.ndarray]]:
-    """logprobs, entropy and values under the policy as it is, reference under the reference: of each response's tokens."""
+    """logprobs, entropy and values under the policy as it is, reference under the reference: of each response's tokens.
+    sampled: logprobs among the tokens that could be drawn."""
     own = _forwards(networks.policy, networks, supply, stage, groups)
     zeros = [np.zeros(group.trained_tokens, dtype=np.float32) for group in groups]
     columns = {"values": zeros, "reference": own["logprobs"]} | own
-    if supply.reference is not None:
-        with supply.reference(networks) as policy:
+    if networks.frozen is not None:
+        with networks.frozen() as policy:
             columns["reference"] = _forwards(policy, networks, supply, stage, groups)["logprobs"]
     return columns
 
@@ -139,7 +161,9 @@ def _forwards(
     policy: Any, networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
 ) -> dict[str, list[np.ndarray]]:
     """The work is shared by the ranks; in evaluation mode, so that no dropout stands between old and new."""
-    runtime, data = supply.runtime, Examples(groups)
+    runtime, shared = supply.runtime, supply.packing.layout == "shared"
+    parts_of = _by_prompt(range(len(groups)), stage.samples) if shared else [[i] for i in range(len(groups))]
+    data = Examples([joined([groups[i] for i in part]) for part in parts_of] if shared else groups)
     was_training = policy.training
     policy.eval()
     found: dict[str, list[Any]] = {}
@@ -149,8 +173,9 @@ def _forwards(
         with runtime.autocast():
             scores = policy(batch, statistics=True, entropy=True, temperature=stage.temperature)
         columns = {"logprobs": scores.logprobs, "entropy": scores.statistics.entropy}
+        columns["sampled"] = scores.logprobs if scores.sampled is None else scores.sampled
         columns |= {"values": scores.values} if scores.values is not None else {}
-        used = positions[[i for row in rows for i in row]]
+        used = [i for row in rows for place in row for i in parts_of[positions[place]]]
         parts.append((used, {name: column.float().cpu().numpy() for name, column in columns.items()}))
     policy.train(was_training)
     for used, columns in runtime.gather(parts):
@@ -167,8 +192,35 @@ def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> Token
     ids = answer.ids if answer.end is None else [*answer.ids, answer.end]
     return TokenGroup(
         id=f"{prompt.id}.{k}", cluster=prompt.cluster, prompt=prompt.prompt, responses=[ids], masks=[[True] * len(ids)],
-        bytes=[len(text.encode())], chars=[len(text)], text=prompt.text,
+        bytes=[len(text.encode())], chars=[len(text)], text=prompt.text, kept=answer.kept,
     )  # fmt: skip
+
+
+def _written(answers: Sequence[Generation]) -> np.ndarray:
+    """The log-probs that the answers were drawn with, token after token."""
+    return np.concatenate([np.array(answer.logprobs) for answer in answers])
+
+
+def joined(groups: Sequence[TokenGroup]) -> TokenGroup:
+    """Responses to one prompt, each a Group of its own, as one Group."""
+    first = groups[0]
+
+    def each(name: str) -> list[Any]:
+        return [value for group in groups for value in getattr(group, name)]
+
+    tokens = {name: np.concatenate([group.tokens[name] for group in groups]) for name in first.tokens}
+    return TokenGroup(
+        first.id, first.cluster, first.prompt, each("responses"), each("masks"), each("bytes"), each("chars"), first.text,
+        tokens=tokens, kept=None if first.kept is None else each("kept"),
+    )  # fmt: skip
+
+
+def _by_prompt(positions: Sequence[int] | np.ndarray, samples: int) -> list[list[int]]:
+    """Positions of responses, those to the same prompt together, in the order in which the prompts first come."""
+    found: dict[int, list[int]] = {}
+    for position in positions:
+        found.setdefault(int(position) // samples, []).append(int(position))
+    return list(found.values())
 
 
 def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) -> Any:

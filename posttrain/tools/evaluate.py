@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.disk import write_json, writing
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import Evaluation, Evaluator
+from posttrain.judge import open_judge
 from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
@@ -51,13 +52,16 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
     policy.to(runtime.device)
     packing = packing_of(cfg, runtime.device.type, prepared)
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
-    _, packing = probe_layout(cfg, policy, prepared, prepared.eval.groups(probed), packing, runtime)
+    examples = [group if group.count else group.in_two() for group in prepared.eval.groups(probed)]
+    _, packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
     prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
     if cfg.stage.needs_reference(False) != "never":
         reference = Reference(cfg, runtime, packing, {}, prepared.eval.groups(probed), console.line)
         prepared.eval = reference.attach("eval", prepared.eval, prepared.fingerprint, policy)
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
+    if cfg.stage.answer_tokens:
+        evaluator.judge = open_judge(cfg, runtime, tokenizer)
     found = evaluator(0, final=True, samples=True)
     summary = Summary(str(run.path), cfg.stage_name, 0, metrics={k: plain(v) for k, v in found.metrics.items()})
     if runtime.is_main:
@@ -74,6 +78,11 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
 
 
 def _check_reference(cfg: Config, tokenizer: Any) -> None:
+    if cfg.stage.answer_tokens and (cfg.model.reference or cfg.model.critic):
+        raise ConfigError(
+            f"posttrain eval stage={cfg.stage_name} answers greedily and rewards that, which takes neither model.reference nor "
+            "model.critic; leave them out"
+        )
     if cfg.stage.needs_reference(False) != "never" and cfg.model.reference is None:
         raise ConfigError(
             f"posttrain eval stage={cfg.stage_name} measures how far a model has come from a reference; set "

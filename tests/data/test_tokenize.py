@@ -285,3 +285,12 @@ def test_an_unrenderable_row_in_a_later_part_is_named() -> None:
     )
     with pytest.raises(DataError, match="f, row 9: the chat template refuses"):
         encode([good] * (BATCH + 5) + [bad], make_tokenizer(template))
+
+
+def test_two_readings_at_once_do_not_end_each_other() -> None:
+    groups = [Group(f"{number}+0=", (str(number),)) for number in range(2 * BATCH)]
+    worker = Tokenizer(make_tokenizer(), Encoding("none", 1000, "drop"))
+    first, second = worker.groups(groups), worker.groups(groups)
+    next(first), next(second)
+    first.close()
+    assert len(list(second)) == 2 * BATCH - 1

@@ -29,6 +29,7 @@ def given(path: str, **settings: Any) -> ModelConfig:
     defaults: dict[str, Any] = {
         "tokenizer": None, "revision": None, "gguf_file": None, "init": "config", "config": {}, "attention": "auto",
         "dtype": "auto", "rope_scaling": None, "dropout": "none", "chat_template": None, "reference": None, "reward": None,
+        "critic": None,
         "trust_remote_code": False,
     }  # fmt: skip
     return ModelConfig(path=path, **{**defaults, **settings})

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from posttrain.models import logprobs
+from posttrain.models import token_logprobs as token_logprobs_module
 from posttrain.models.logprobs import LogitTransform, token_statistics, weighted_nll
 from posttrain.models.token_logprobs import token_logprobs
 
@@ -73,6 +74,28 @@ def test_token_logprobs_are_differentiable_in_any_function_of_them(transform: Lo
     expected = nn.functional.logsigmoid(logits.log_softmax(-1).gather(-1, targets[:, None])).sum()
     torch.testing.assert_close(ours, expected)
     for a, b in zip(grads(ours, hidden, head), grads(expected, hidden, head), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("keeps", [10**9, 0])
+def test_token_logprobs_among_the_tokens_that_could_be_drawn(
+    transform: LogitTransform, plain: bool, keeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the others' logits were -inf; whether probabilities wait for backward or are formed anew there."""
+    monkeypatch.setattr(token_logprobs_module, "KEEP_BYTES", keeps)
+    hidden, head, targets, weights = given()
+    if not plain:
+        head = type("Wrapped", (nn.Linear,), {})(H, V)
+    allowed = torch.rand(N, V) < 0.2
+    allowed[torch.arange(N), targets] = True
+    ours = token_logprobs(hidden, head, targets, transform, allowed.nonzero().T)
+    logits = whole_logits(hidden, head, transform).masked_fill(~allowed, -torch.inf)
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, expected)
+    both = [grads((weights * found.sin()).sum(), hidden, head) for found in (ours, expected)]
+    for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
 
 
