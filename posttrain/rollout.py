@@ -64,22 +64,25 @@ class Generation:
         return self.end is not None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a stage asks for: `samples` answers to each tokenised prompt; keys as in `generate`."""
+
+    prompts: Sequence[list[int]]
+    keys: Sequence[int]
+    sampling: Sampling
+    samples: int
+    max_new_tokens: int
+
+
 class RolloutBackend(Protocol):
     """Who writes a stage's answers: token ids in; ids, finish reason and log-probs out."""
 
     def update(self, networks: Networks) -> None:
         """Take on the policy's weights as they are now."""
 
-    def __call__(
-        self,
-        networks: Networks,
-        prompts: Sequence[list[int]],
-        keys: Sequence[int],
-        sampling: Sampling,
-        samples: int,
-        max_new_tokens: int,
-    ) -> list[Generation]:
-        """`samples` answers to each prompt, beside each other; keys as in `generate`."""
+    def __call__(self, networks: Networks, request: Request) -> list[Generation]:
+        """The answers, those to a prompt beside each other."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,11 @@ class InProcess:
     def update(self, networks: Networks) -> None:
         pass
 
-    def __call__(
-        self,
-        networks: Networks,
-        prompts: Sequence[list[int]],
-        keys: Sequence[int],
-        sampling: Sampling,
-        samples: int,
-        max_new_tokens: int,
-    ) -> list[Generation]:
+    def __call__(self, networks: Networks, request: Request) -> list[Generation]:
         with self.runtime.autocast():
             return generate(
-                networks.module, prompts, self.ends, self.pad, max_new_tokens, device=self.runtime.device, sampling=sampling,
-                samples=samples, keys=keys,
+                networks.module, request.prompts, self.ends, self.pad, request.max_new_tokens, device=self.runtime.device,
+                sampling=request.sampling, samples=request.samples, keys=request.keys,
             )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ import numpy as np
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, TrainingError
 from posttrain.models.export import save_model
-from posttrain.rollout import Generation, Sampling
+from posttrain.rollout import Generation, Request
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
@@ -59,19 +58,13 @@ class VLLMServer:
         self.model = ADAPTER if adapter else self.model
         self.runtime.barrier()
 
-    def __call__(
-        self,
-        networks: Networks,
-        prompts: Sequence[list[int]],
-        keys: Sequence[int],
-        sampling: Sampling,
-        samples: int,
-        max_new_tokens: int,
-    ) -> list[Generation]:
+    def __call__(self, networks: Networks, request: Request) -> list[Generation]:
+        sampling = request.sampling
+
         def ask(prompt: list[int], key: int) -> list[Generation]:
             seed = int(np.random.default_rng([sampling.seed, key]).integers(2**31))
             found = self._post("/v1/completions", {
-                "model": self.model, "prompt": prompt, "max_tokens": max_new_tokens, "n": samples, "seed": seed,
+                "model": self.model, "prompt": prompt, "max_tokens": request.max_new_tokens, "n": request.samples, "seed": seed,
                 "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1, "min_p": 0.0,
                 "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": 0,
                 "stop_token_ids": sorted(self.ends), "return_token_ids": True, "skip_special_tokens": False,
@@ -79,7 +72,7 @@ class VLLMServer:
             return [self._generation(choice) for choice in sorted(found["choices"], key=lambda c: c["index"])]
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return [answer for answers in pool.map(ask, prompts, keys) for answer in answers]
+            return [answer for answers in pool.map(ask, request.prompts, request.keys) for answer in answers]
 
     def _generation(self, choice: dict[str, Any]) -> Generation:
         ids = choice.get("token_ids")

@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain import stats
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.tokens import Examples, TokenGroup
-from posttrain.rollout import Generation, Sampling
+from posttrain.rollout import Generation, Request, Sampling
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
@@ -110,12 +110,10 @@ def collect(
     mine = list(range(len(prompts)))[runtime.rank :: runtime.world]
     assert supply.rollout is not None
     supply.rollout.update(networks)
-    answers = supply.rollout(
-        networks, [prompts[i].prompt for i in mine], mine, sampling, stage.samples, stage.max_new_tokens
-    )
+    asked = Request([prompts[i].prompt for i in mine], mine, sampling, stage.samples, stage.max_new_tokens)
+    answers = supply.rollout(networks, asked)
     rolled = time.monotonic()
-    asked = [prompts[i] for i in mine for _ in range(stage.samples)]
-    judged = supply.judge(asked, answers)
+    judged = supply.judge([prompts[i] for i in mine for _ in range(stage.samples)], answers)
     everything = runtime.gather([(mine, answers, judged)])
     groups, answers, parts, unreadable = _in_order(prompts, everything, stage.samples)
     scored = time.monotonic()

@@ -9,30 +9,19 @@ optimizer steps: neither side's time of computing the reference beforehand is in
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from run import write
+from sides import Bench, Found
 
 BATCH, MAX_LENGTH, LR, BETA = 8, 512, 1e-6, 0.1
 ROUNDING = 0.05
 """Standard deviation in nats of a token's log-prob between two batches that it stands in, in bf16 on this model: measured
 .043. A reference computed beforehand was in another batch than the step's policy; TRL's, where it comes with the step, in
 the same one."""
-Found = dict[str, Any]
 NAMES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -155,76 +144,13 @@ CASES = {  # name: (the first side, the second side)
 }
 
 
-def measure(options: Any, case: str, side: int) -> Found:
-    """One process."""
-    command = [sys.executable, __file__, "--model", options.model, "--pairs", options.pairs, "--groups", options.groups]
-    command += ["--steps", str(options.steps), "--case", case, "--side", str(side)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case}, side {side} failed:\n{done.stderr[-2000:]}")
-    found: Found = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{case}, side {side}: {found['per_second']:.3f} per second, {found['peak_memory_gib']:.1f} GiB", flush=True)
-    return found
-
-
-def compare(options: Any, case: str) -> str:
-    """A row of the table: medians, and the ratios' medians with their smallest and largest."""
-    rounds = [(measure(options, case, 0), measure(options, case, 1)) for _ in range(options.rounds)]
-    for a, b in rounds:
-        check_equal(a, b)
-    cells = []
-    for name, digits in (("per_second", 3), ("peak_memory_gib", 1)):
-        sides = [statistics.median(r[i][name] for r in rounds) for i in (0, 1)]
-        ratios = sorted(a[name] / b[name] for a, b in rounds)
-        cells += [f"{side:.{digits}f}" for side in sides]
-        cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
-    return f"| {case} | {' | '.join(cells)} |"
-
-
-def report(options: Any) -> None:
-    rows = [compare(options, case) for case in CASES]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    text = "\n".join([
-        f"## Preference stages, {datetime.date.today()}",
-        "",
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}. {Path(options.model).name},",
-        f"bf16 autocast over fp32 weights, batch {BATCH}, max_length {MAX_LENGTH}, {options.steps - 1} timed steps, "
-        f"{options.rounds} rounds by turns.",
-        "Losses agree at every step to 2 % and what bf16's rounding explains. Pairs or groups per second, peak resident memory",
-        "in GiB; computing the reference beforehand is not timed on either side.",
-        "",
-        "| case | ours | other | times as fast | our memory | other's | times the memory |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-    ])  # fmt: skip
-    write("preferences", text)
-    print(text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--groups", required=True)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case")
-    parser.add_argument("--side", type=int)
-    options = parser.parse_args()
-    for name in ("model", "pairs", "groups"):
-        setattr(options, name, str(Path(getattr(options, name)).resolve()))
-    if options.case is None:
-        report(options)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)
-        os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"] = scratch
-        said, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
-        found = CASES[options.case][options.side](options)
-        sys.stdout = said
-    found["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(found))
+def said(options: Any) -> list[str]:
+    return [
+        f"Batch {BATCH}, max_length {MAX_LENGTH}, {options.steps - 1} timed steps. Losses agree at every step to 2 % and what",
+        "bf16's rounding explains. Pairs or groups per second; computing the reference beforehand is not timed on either side.",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    inputs = ("model", "pairs", "groups")
+    Bench(__file__, "preferences", "Preference stages", inputs, CASES, said, check_equal).main(__doc__)

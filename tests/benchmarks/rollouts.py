@@ -8,28 +8,18 @@ autocast over fp32 weights. Tokens are those of the answers, up to and with the 
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from run import write
+from sides import Bench, Found
 
 PROMPTS, ROWS, ROOM = 64, 16, 192
 """Of the rollout: prompts, how many the library answers at a time, and the longest answer in tokens."""
 SAMPLES, ASKED, LONGEST, LR = 4, 4, 64, 1e-6
 """Of an iteration: answers to a prompt, prompts, the longest answer, and the rate."""
-Found = dict[str, Any]
 
 
 def questions(options: Any, count: int) -> list[str]:
@@ -143,84 +133,18 @@ def trl_iteration(options: Any) -> Found:
     return {"per_second": ASKED * SAMPLES * (options.steps - 1) / seconds, "tokens": statistics.mean(told)}
 
 
-CASES = {  # name: (ours, the other, what is counted)
-    f"rollout of {PROMPTS} prompts, the library's generate {ROWS} at a time": (
-        our_rollout,
-        library_rollout,
-        "tokens/s",
-    ),
-    f"iteration of {ASKED} prompts, {SAMPLES} answers each, TRL's GRPOTrainer": (
-        our_iteration,
-        trl_iteration,
-        "samples/s",
-    ),
+CASES = {  # tokens, then samples per second
+    f"rollout of {PROMPTS} prompts, the library's generate {ROWS} at a time": (our_rollout, library_rollout),
+    f"iteration of {ASKED} prompts, {SAMPLES} answers each, TRL's GRPOTrainer": (our_iteration, trl_iteration),
 }
 
 
-def measure(options: Any, case: str, side: int) -> Found:
-    """One process."""
-    command = [sys.executable, __file__, "--model", options.model, "--prompts", options.prompts]
-    command += ["--steps", str(options.steps), "--case", case, "--side", str(side)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case}, side {side} failed:\n{done.stderr[-2000:]}")
-    found: Found = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{case}, side {side}: {found}", flush=True)
-    return found
-
-
-def compare(options: Any, case: str) -> str:
-    rounds = [(measure(options, case, 0), measure(options, case, 1)) for _ in range(options.rounds)]
-    cells = []
-    for name, digits in (("per_second", 2), ("peak_memory_gib", 1)):
-        sides = [statistics.median(r[i][name] for r in rounds) for i in (0, 1)]
-        ratios = sorted(a[name] / b[name] for a, b in rounds)
-        cells += [f"{side:.{digits}f}" for side in sides]
-        cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})")
-    return f"| {case} ({CASES[case][2]}) | {' | '.join(cells)} |"
-
-
-def report(options: Any) -> None:
-    rows = [compare(options, case) for case in CASES]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    text = "\n".join([
-        f"## Rollouts, {datetime.date.today()}",
-        "",
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; {versions}. {Path(options.model).name},",
-        f"bf16 autocast over fp32 weights, temperature 1; answers of at most {ROOM} tokens, in the iteration {LONGEST};",
-        f"{options.rounds} rounds by turns, {options.steps - 1} timed iterations. Peak resident memory in GiB.",
-        "",
-        "| case | ours | other | times as fast | our memory | other's | times the memory |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-    ])  # fmt: skip
-    write("rollouts", text)
-    print(text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--case")
-    parser.add_argument("--side", type=int)
-    options = parser.parse_args()
-    for name in ("model", "prompts"):
-        setattr(options, name, str(Path(getattr(options, name)).resolve()))
-    if options.case is None:
-        report(options)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)
-        os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"] = scratch
-        said, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
-        found = CASES[options.case][options.side](options)
-        sys.stdout = said
-    found["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(found))
+def said(options: Any) -> list[str]:
+    return [
+        f"Temperature 1; rollout: tokens per second, answers of at most {ROOM} tokens; iteration: samples per second, at most",
+        f"{LONGEST} tokens, {options.steps - 1} timed iterations.",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    Bench(__file__, "rollouts", "Rollouts", ("model", "prompts"), CASES, said).main(__doc__)
