@@ -186,7 +186,7 @@ class Evaluator:
                     answer.finished,
                     verdict,
                     verify is not None,
-                    question(group),
+                    group.question,
                     group.cluster,
                     judged,
                 )
@@ -211,12 +211,6 @@ def prompt_tokens(group: TokenGroup) -> list[int]:
         return group.prompt + group.responses[0][: group.masks[0].index(True)]
     whole = group.prompt + group.responses[0]
     return whole[: min(CONTINUATION_PROMPT, (len(whole) + 1) // 2)]
-
-
-def question(group: TokenGroup) -> str:
-    """The prompt as a person asked it: its text, or the last turn before the answer."""
-    prompt = json.loads(group.text)["prompt"]
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
 
 def reference_answer(group: TokenGroup, tokenizer: Any) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from posttrain.companions import is_policy_itself
+from posttrain.models.placement import Kept
 from posttrain.reference import reference_network
 
 if TYPE_CHECKING:
@@ -18,18 +20,11 @@ Frozen = Callable[[], AbstractContextManager[Any]]
 
 def open_frozen(cfg: Config, runtime: Runtime, policy: Any, is_start: bool) -> Frozen:
     """policy: the bare one. is_start: it is still the start; else the reference is built again from where the run began."""
-    if cfg.model.reference is None and cfg.adapter.name != "none" and cfg.adapter.path is None:
+    if is_policy_itself(cfg):
         return lambda: _without_adapter(policy)
     same = cfg.model.reference is None and is_start
     reference = _copy(policy) if same else reference_network(cfg, runtime)
-    reference.requires_grad_(False)
-    reference.eval()
-
-    @contextmanager
-    def kept() -> Iterator[Any]:
-        yield reference
-
-    return kept
+    return Kept(reference, cfg.model.frozen_device, runtime.device)
 
 
 def _copy(policy: Any) -> Any:

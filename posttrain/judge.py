@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 @dataclass
 class Verdicts:
     """scores: reward → a number for each answer, NaN where it failed. unreadable: answers that a verifier could not read.
-    weights: of the rewards in their sum."""
+    weights: of the rewards in their sum. texts: the answers as they were read."""
 
     scores: dict[str, list[float]]
     unreadable: int = 0
     weights: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def each(self) -> list[dict[str, float]]:
         """For each answer its rewards; `reward` is their weighted sum."""
@@ -54,7 +55,7 @@ class Judge:
         texts = self.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
         data = [json.loads(group.text) for group in prompts]
         asked, rows = [each["prompt"] for each in data], [each["columns"] for each in data]
-        found, failures = Verdicts({}, weights=self.weights), dict[str, int]()
+        found, failures = Verdicts({}, weights=self.weights, texts=texts), dict[str, int]()
         for name, reward in self.rewards.items():
             judged = reward(asked, texts, rows)
             found.scores[name] = judged.scores

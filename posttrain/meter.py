@@ -28,6 +28,7 @@ class Meter:
         self.runtime, self.weights = runtime, weights
         self.sums = _share_of(pooled, runtime.rank, runtime.world)
         self.tokens, self.seconds, self.steps = 0, 0.0, 0
+        self.line = (0, 0.0)
 
     def add_loss(self, loss: Loss, counts: dict[str, float]) -> None:
         """One micro-batch's terms and stats."""
@@ -44,6 +45,7 @@ class Meter:
         self._add("grad_norm", norm, 1.0)
         self._add("clipped", float(norm > max_norm), 1.0)
         self.steps += 1
+        self.line = (self.line[0] + tokens, self.line[1] + seconds)
         if self.steps > 1:
             self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
 
@@ -51,6 +53,11 @@ class Meter:
     def tokens_per_second(self) -> float | None:
         """Over optimizer-step time, all ranks."""
         return self.tokens / self.seconds if self.seconds else None
+
+    def since(self) -> dict[str, float]:
+        """Of the optimizer steps since this was asked last: update_seconds, and tokens per second."""
+        (tokens, seconds), self.line = self.line, (0, 0.0)
+        return {"update_seconds": seconds, "update_tokens_per_second": tokens / max(seconds, 1e-9)}
 
     def state(self) -> dict[str, list[float]]:
         """The sums as numbers, for a checkpoint."""

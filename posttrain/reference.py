@@ -7,8 +7,8 @@ adapter the adapter as it came), or the model at model.reference. What is kept i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,13 @@ from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
-from posttrain.errors import ConfigError, DataError, ModelError
-from posttrain.models.lineage import is_reward_model, resolve_path
-from posttrain.models.load import load_config, load_tokenizer
-from posttrain.models.networks import build_network, critic_config, told_of_critic
+from posttrain.errors import DataError, ModelError
+from posttrain.models.networks import build_network
+from posttrain.models.others import other_model, told_of
 from posttrain.models.probe import check_forward
-from posttrain.models.rope import position_limit
 
 if TYPE_CHECKING:
-    from posttrain.config import Config, ModelConfig
+    from posttrain.config import Config
     from posttrain.models.policy import Policy
     from posttrain.runtime import Runtime
 
@@ -39,72 +37,6 @@ HALF_TOLERANCE = 0.3
 """By how many nats, times √T for a response of T tokens, the start may differ from its own stored log-probs: other batches
 round otherwise, each token apart from the next. In bf16 a 135 M model's tokens differ by .06 (standard deviation), its
 responses by at most .1·√T."""
-
-
-def check(cfg: Config, tokenizer: Any) -> None:
-    """model.reference, as far as it can be judged before any weights are loaded: that it is a policy of this vocabulary."""
-    given = cfg.model.reference
-    if given is None:
-        return
-    if cfg.stage.needs_reference(False) == "never" and not cfg.stage.keeps_reference:
-        raise ConfigError(f"model.reference is given, but stage={cfg.stage_name} has no reference; leave it out")
-    model = _model_of(cfg)
-    with _told_of_reference():
-        load_config(model)
-        if is_reward_model(resolve_path(given)):
-            raise ModelError(f"model.path={given} is a reward model: it scores answers and writes none; give a policy")
-        check_vocabulary(tokenizer, load_tokenizer(model), given)
-        if getattr(cfg.stage, "kl_estimator", None) == "full":
-            ours, theirs = (load_config(m).get_text_config(decoder=True).vocab_size for m in (cfg.model, model))
-            if ours != theirs:
-                raise ModelError(
-                    f"model.reference={given} has {theirs:,} outputs and the policy {ours:,}, so stage.kl_estimator=full cannot "
-                    "compare them; take stage.kl_estimator=k2"
-                )
-
-
-def check_critic(cfg: Config, tokenizer: Any) -> None:
-    """model.critic likewise: that the stage has one, and that it reads the policy's token ids."""
-    given = cfg.model.critic
-    if given is None:
-        return
-    if not cfg.stage.needs_critic:
-        raise ConfigError(
-            f"model.critic is given, but stage={cfg.stage_name} has no critic as it is set; leave it out, or take stage=ppo "
-            "stage.advantage=gae"
-        )
-    with told_of_critic():
-        limit = position_limit(load_config(critic_config(cfg.model)))
-        if limit and cfg.data.max_length > limit:
-            raise ConfigError(
-                f"data.max_length={cfg.data.max_length}, but the positions of model.critic={given} end at {limit}"
-            )
-        check_vocabulary(tokenizer, load_tokenizer(critic_config(cfg.model)), given, "model.critic")
-
-
-def _model_of(cfg: Config) -> ModelConfig:
-    """model.* of the model given as reference."""
-    given = cfg.model.reference
-    return replace(
-        cfg.model,
-        path=given,
-        tokenizer=None,
-        revision=None,
-        gguf_file=None,
-        init="weights",
-        config={},
-        rope_scaling=None,
-        critic=None,
-    )
-
-
-@contextmanager
-def _told_of_reference() -> Iterator[None]:
-    """What goes wrong with it names its own key."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "model.reference")) from error
 
 
 def attach(
@@ -190,9 +122,9 @@ class Reference:
         if self.cfg.model.reference is None and start is not None:
             self._policy = start
             return
-        self._policy = reference_network(self.cfg, self.runtime)
+        self._policy = reference_network(self.cfg, self.runtime).to(self.runtime.device)
         if self.cfg.model.reference is not None:
-            with _told_of_reference():
+            with told_of("model.reference"):
                 check_forward(self._policy, self.examples, self.packing.layout, self.runtime.device)
 
     def _key(self, side: str, fingerprint: str) -> str:
@@ -225,12 +157,12 @@ class Reference:
 
 
 def reference_network(cfg: Config, runtime: Runtime) -> Any:
-    """The model at model.reference, or the one that the run began with, on the run's device."""
+    """The model at model.reference, or the one that the run began with."""
     model, adapter, given = cfg.model, cfg.adapter, cfg.model.reference
     if given is not None:
-        model, adapter = _model_of(cfg), replace(adapter, name="none", path=None)
-    with _told_of_reference() if given is not None else nullcontext():
-        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed)[0].to(runtime.device)
+        model, adapter = other_model(model, given), replace(adapter, name="none", path=None)
+    with told_of("model.reference") if given is not None else nullcontext():
+        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed)[0]
 
 
 @torch.no_grad()
@@ -287,14 +219,3 @@ def weights_digest(policy: Any) -> str:
         if isinstance(tensor, torch.Tensor) and tensor.numel():
             found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def check_vocabulary(own: Any, other: Any, path: str, key: str = "model.reference") -> None:
-    """The model at that key must read the policy's token ids as the policy does."""
-    ours, theirs = own.get_vocab(), other.get_vocab()
-    if ours != theirs:
-        differ = len(set(ours.items()) ^ set(theirs.items()))
-        raise ModelError(
-            f"{key}={path} has another vocabulary than the policy ({len(theirs):,} tokens there, {len(ours):,} here, "
-            f"{differ:,} differ); its numbers would be of other text. Give one with the same tokenizer"
-        )

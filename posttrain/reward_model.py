@@ -18,6 +18,8 @@ from posttrain.data.tokens import Examples
 from posttrain.errors import ModelError
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Head, build_network
+from posttrain.models.others import other_model, told_of
+from posttrain.models.placement import Kept
 from posttrain.models.reward import POOLING_KEY
 from posttrain.models.rope import position_limit
 from posttrain.rewards import Judged, Row
@@ -33,11 +35,8 @@ class RewardModelJudge:
     """R(x, y) of the model at model.reward, on the run's device, in its precision."""
 
     def __init__(self, cfg: Config, runtime: Runtime) -> None:
-        model = replace(
-            cfg.model, path=cfg.model.reward, tokenizer=None, revision=None, gguf_file=None, init="weights", config={},
-            rope_scaling=None, chat_template=None,
-        )  # fmt: skip
-        try:
+        model = other_model(cfg.model, cfg.model.reward)
+        with told_of("model.reward"):
             config = load_config(model)
             if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
                 raise ModelError(
@@ -49,14 +48,12 @@ class RewardModelJudge:
             head = Head(getattr(config, POOLING_KEY, "last"), frozenset(self.ends))
             adapter = replace(cfg.adapter, name="none", path=None)
             network = build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, head=head)[0]
-        except ModelError as error:
-            raise ModelError(str(error).replace("model.path", "model.reward")) from error
-        self.network = network.to(runtime.device).eval().requires_grad_(False)
+        self.kept = Kept(network, cfg.model.frozen_device, runtime.device)
         self.runtime, self.tokenizer = runtime, tokenizer
         template = "chat" if tokenizer.chat_template else "none"
         limit = position_limit(config) or 2**20
         self.encoding = Encoding(template, limit, "truncate", "response", closes=True)
-        self.packing = Packing("padded", MICRO_TOKENS[runtime.device.type])
+        self.packing = Packing("padded", MICRO_TOKENS[self.kept.device.type])
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str], rows: Sequence[Row]) -> Judged:
@@ -69,11 +66,10 @@ class RewardModelJudge:
                 f"{self.encoding.max_length} positions of model.reward; lower data.max_length"
             )
         data, scores = Examples(groups), np.zeros(len(groups))
-        for positions, members in evaluation_batches(data, self.packing):
-            batch = gather(data, positions, members, "padded").to(self.runtime.device)
-            with self.runtime.autocast():
-                found = self.network(batch)
-            scores[positions[[i for member in members for i in member]]] = found.rewards.float().cpu().numpy()
+        with self.kept() as network, self.runtime.autocast(self.kept.device):
+            for positions, members in evaluation_batches(data, self.packing):
+                found = network(gather(data, positions, members, "padded").to(self.kept.device))
+                scores[positions[[i for member in members for i in member]]] = found.rewards.float().cpu().numpy()
         return Judged(scores.tolist())
 
 

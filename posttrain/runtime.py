@@ -74,10 +74,14 @@ class Runtime:
         return wrapped
 
     @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The run's precision, for code that does not go through the wrapped module (generation)."""
-        with self.accelerator.autocast():
-            yield
+    def autocast(self, device: torch.device | None = None) -> Iterator[None]:
+        """The run's precision, for code that does not go through the wrapped module (generation). device: another one."""
+        if device is None or device.type == self.device.type:
+            with self.accelerator.autocast():
+                yield
+        else:
+            with torch.autocast(device.type, self.compute_dtype, enabled=MIXED[self.precision] != "no"):
+                yield
 
     def sync_only(self, last: bool, module: nn.Module) -> Any:
         """Gradients are reduced in the last micro-batch's backward only."""

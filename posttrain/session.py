@@ -14,6 +14,7 @@ import torch
 from posttrain import frozen, reference, rundir
 from posttrain.checkpoint import TrainState
 from posttrain.claim import Claim
+from posttrain.companions import check_companions
 from posttrain.data.loader import Loader, Order
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
@@ -26,7 +27,8 @@ from posttrain.evaluate import Evaluator
 from posttrain.judge import open_judge
 from posttrain.layout import beyond_budget, packing_of, probe_critic, probe_layout
 from posttrain.models.load import load_config, load_tokenizer
-from posttrain.models.networks import Head, Networks, build_network, told_of_critic
+from posttrain.models.networks import Head, Networks, build_network
+from posttrain.models.others import told_of
 from posttrain.models.policy import ValueModel
 from posttrain.models.probe import probe_positions, sliding_window
 from posttrain.models.rope import check_rope, position_limit
@@ -91,8 +93,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
         )
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
-    reference.check(cfg, tokenizer)
-    reference.check_critic(cfg, tokenizer)
+    check_companions(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not prepared.stream:
         on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
@@ -117,7 +118,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
     critic = getattr(policy, "critic", None)
     if isinstance(critic, ValueModel):
-        with told_of_critic():
+        with told_of("model.critic"):
             loader.packing = probe_critic(cfg, critic, prepared, examples, loader.packing, runtime)
     prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
     optimizer = build_optimizer(policy, cfg.optim)
@@ -132,7 +133,8 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     wrapped = runtime.wrap(policy, find_unused=policy.is_mixture or getattr(critic, "is_mixture", False))
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, loader.packing, runtime, cfg.eval, ends, cfg.train.seed)
-    supply = open_supply(cfg, runtime, loader, draws, ends, tokenizer, state, run)
+    supply = open_supply(cfg, runtime, loader.packing, ends, tokenizer, run)
+    supply.loader, supply.draws, supply.state = loader, draws, state.stream
     if cfg.stage.keeps_reference:
         networks.frozen = frozen.open_frozen(cfg, runtime, policy, is_start=start is not None)
     set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
@@ -148,18 +150,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     )  # fmt: skip
 
 
-def open_supply(
-    cfg: Config,
-    runtime: Runtime,
-    loader: Loader | StreamLoader,
-    draws: int | None,
-    ends: set[int],
-    tokenizer: Any,
-    state: TrainState,
-    run: RunDir,
-) -> Supply:
-    """What the stage makes its steps with."""
-    supply = Supply(loader, draws, runtime, loader.packing, cfg.train.seed, state=state.stream)
+def open_supply(cfg: Config, runtime: Runtime, packing: Packing, ends: set[int], tokenizer: Any, run: RunDir) -> Supply:
+    """What the stage samples and judges with; a run that trains adds where its prompts come from."""
+    supply = Supply(runtime, packing, cfg.train.seed)
     if cfg.stage.answer_tokens:
         supply.judge = open_judge(cfg, runtime, tokenizer)
         supply.rollout = open_rollout(cfg, runtime, ends, tokenizer, run)

@@ -56,6 +56,7 @@ class Trainer:
         self.stop = StopRequest()
         self.stopping = 0
         self.told: dict[str, Any] = {}
+        self.rollouts: list[dict[str, Any]] = []
         self.start: Evaluation | None = None
         self.eval_every = self.cfg.train.eval_every or max(1, -(-session.steps // 5))
         self.save_every = self.cfg.train.save_every or self.eval_every
@@ -208,17 +209,20 @@ class Trainer:
         state = self.state
         state.step, state.lr, state.stream = state.step + 1, lr, step.stream
         self.told |= step.told
+        self.rollouts = step.rollouts or self.rollouts
         state.tokens, state.trained_tokens = state.tokens + step.tokens, state.trained_tokens + step.trained_tokens
         state.seconds += seconds
         self.meter.add_step(norm, self.cfg.optim.max_grad_norm, step.tokens, seconds)
         self.session.console.advance(state.step)
 
     def _log(self) -> None:
-        state, speed = self.state, self.meter.tokens_per_second
+        state, speed, since = self.state, self.meter.tokens_per_second, self.meter.since()
         metrics: dict[str, Any] = dict(self.meter.flush())
         metrics |= self.told | {"lr": state.lr, "tokens": state.tokens, "trained_tokens": state.trained_tokens}
         metrics |= self.session.loader.metrics()
         metrics |= {"tokens_per_second": speed, "peak_memory_bytes": self.runtime.peak_memory_bytes()}
+        if self.cfg.stage.answers:
+            metrics |= since
         self.logbook.log("train", state.step, metrics)
         shown = [f"{name} {_shown(metrics[name])}" for name in self.cfg.stage.shows if name in metrics]
         shown += [f"{speed:,.0f} tok/s"] if speed else []
@@ -232,7 +236,7 @@ class Trainer:
         self._judge(found)
         if self._is_over and not last:
             found = self._evaluate(final=True, with_samples=True)
-        self.logbook.evaluation(found, self.start)
+        self.logbook.evaluation(found, self.start, self.rollouts)
         narrate.evaluation(self.session, found)
         return found
 

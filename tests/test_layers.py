@@ -12,7 +12,7 @@ PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
     {"stats", "errors", "places", "disk", "allocator"},
     {"data", "models"},
-    {"rollout", "rewards", "verify", "optim"},
+    {"rollout", "sampling", "rewards", "verify", "optim"},
     {"stages"},
     {
         "train",
@@ -20,6 +20,7 @@ STOREYS = [
         "session",
         "runtime",
         "reference",
+        "companions",
         "frozen",
         "judge",
         "rollout_server",

@@ -13,7 +13,8 @@ from posttrain import rollout
 from posttrain.data.batches import collate
 from posttrain.data.tokens import TokenGroup
 from posttrain.models.policy import Policy
-from posttrain.rollout import Generation, Sampling, filtered, generate, pick
+from posttrain.rollout import Generation, generate
+from posttrain.sampling import Sampling, filtered, pick
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*mamba.*"),

@@ -36,6 +36,7 @@ class ModelConfig:
     reference: str | None = field(metadata=PATH)
     reward: str | None = field(metadata=PATH)
     critic: str | None = field(metadata=PATH)
+    frozen_device: Literal["device", "offload", "cpu"]
     trust_remote_code: bool
 
 

@@ -22,6 +22,7 @@ class Step:
     tokens, trained_tokens: of the whole step, all ranks (padding not counted). stream: where a stream, or a stage that
         samples, is after it. closes: whether a checkpoint after it can be gone on from, asked once the step is made.
     told: for the log, beside what is measured. measured: name → (sum, count) of this rank's losses, from the trainer.
+    rollouts: a few prompts with what was sampled for them, to be looked at.
     """
 
     number: int
@@ -31,6 +32,7 @@ class Step:
     stream: dict[str, Any] = field(default_factory=dict)
     closes: Callable[[], bool] = lambda: True
     told: dict[str, Any] = field(default_factory=dict)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
     measured: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
 

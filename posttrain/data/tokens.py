@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,6 +92,12 @@ class TokenGroup:
     @property
     def trained_tokens(self) -> int:
         return sum(sum(mask) for mask in self.masks)
+
+    @property
+    def question(self) -> str:
+        """The prompt as a person asked it, without the chat template: its text, or its last turn."""
+        prompt = json.loads(self.text)["prompt"]
+        return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
 
     def in_two(self) -> TokenGroup:
         """A prompt alone as an example: its second half as the response to its first."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.lineage import resolve_path
 from posttrain.models.load import load_config, load_model
+from posttrain.models.others import other_model, told_of
 from posttrain.models.policy import Policy, ValueModel, value_head
 from posttrain.models.reward import POOLING_KEY, Pooling, RewardModel
 
@@ -106,27 +107,10 @@ def head_on(policy: Policy, directory: str | None) -> torch.nn.Linear:
     return head
 
 
-def critic_config(model: ModelConfig) -> ModelConfig:
-    """model.* of the model given as critic."""
-    return replace(
-        model, path=model.critic, tokenizer=None, revision=None, gguf_file=None, init="weights", config={},
-        rope_scaling=None, chat_template=None,
-    )  # fmt: skip
-
-
-@contextmanager
-def told_of_critic() -> Iterator[None]:
-    """What goes wrong with the critic names its own key."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(str(error).replace("model.path", "model.critic")) from error
-
-
 def load_critic(model: ModelConfig, seed: int, checkpointing: bool) -> ValueModel:
     """The model at model.critic in fp32: a reward model with its score layer, any other with one that begins at 0."""
-    with told_of_critic():
-        own = critic_config(model)
+    with told_of("model.critic"):
+        own = other_model(model, model.critic)
         network: Any = load_model(own, load_config(own), torch.float32, seed, None, scores=True)
         _freeze_towers(network)
         if checkpointing:

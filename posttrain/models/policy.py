@@ -65,12 +65,13 @@ class Policy(Decoder):
         temperature: float = 1.0,
         reference: Callable[[], AbstractContextManager[Policy]] | None = None,
         values_alone: bool = False,
+        bare: bool = False,
     ) -> Scores:
         """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once.
 
         temperature: of the distribution that log-probs and statistics are of. entropy: of the statistics, or beside
         differentiable log-probs differentiable too. reference: asks for the KL to the policy that it gives. values_alone: the
-        critic's gradient ends at the states that it reads.
+        critic's gradient ends at the states that it reads. bare: neither values nor `sampled`, as of a reference.
         """
         transform = self.transform if temperature == 1 else replace(self.transform, temperature=temperature)
         states, balance = self.states(batch, router)
@@ -91,10 +92,10 @@ class Policy(Decoder):
                 with torch.no_grad(), reference() as other:
                     there = other.hidden(batch).flatten(0, 1)[batch.predict]
                 scores.kl = token_kl(hidden, there, self, reference, temperature)
-        if batch.kept is not None:
+        if batch.kept is not None and not bare:
             scores.sampled = token_logprobs(hidden, self.head, batch.targets, transform, batch.kept)
         scores.router = balance
-        if self.critic is not None:
+        if self.critic is not None and not bare:
             scores.values = self.values(batch, hidden.detach() if values_alone else hidden)
         return scores
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +12,9 @@ from posttrain.evaluate import Evaluation, read_records, write_records
 from posttrain.report import samples
 from posttrain.report.sinks import Sink, open_sinks, read_metrics
 from posttrain.rundir import RunDir
+
+SHOWN = 16
+"""Answers of an evaluation that a tracker is given."""
 
 
 class Logbook:
@@ -30,8 +34,9 @@ class Logbook:
             for sink in self.sinks:
                 sink.log(step, split, metrics, time.monotonic() - self.began)
 
-    def evaluation(self, found: Evaluation, start: Evaluation | None) -> None:
-        """Records and answers, then the line. start: the run's first evaluation, None when this is it."""
+    def evaluation(self, found: Evaluation, start: Evaluation | None, rollouts: Sequence[dict[str, Any]] = ()) -> None:
+        """Records and answers, then the line. start: the run's first evaluation, None when this is it. rollouts: what training
+        sampled last, to be looked at."""
         if not self.sinks:
             return
         if found.ids:
@@ -40,7 +45,11 @@ class Logbook:
                 write_records(path, found)
         if found.samples:
             with writing(self.run.path):
-                samples.write(self.run, None if start is None else start.samples, found.samples, found.step)
+                samples.write(self.run, None if start is None else start.samples, found.samples, found.step, rollouts)
+                for sink in self.sinks:
+                    sink.table(found.step, "samples", samples.answers_table(found.samples[:SHOWN]))
+                    if rollouts:
+                        sink.table(found.step, "rollouts", samples.rollouts_table(rollouts))
         if found.ids:
             self.log("eval", found.step, found.metrics)
 

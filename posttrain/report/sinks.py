@@ -22,6 +22,9 @@ class Sink(Protocol):
 
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None: ...
 
+    def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        """Texts to look at: a row each, all with the same columns."""
+
     def flush(self) -> None:
         """Called before a checkpoint is saved: a run that goes on from it logs nothing of what lies before it."""
 
@@ -44,6 +47,9 @@ class MetricsFile:
             "metrics": {k: plain(v) for k, v in metrics.items()},
         }
         self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        """samples.jsonl has them."""
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())
@@ -96,6 +102,13 @@ class Wandb:
     def log(self, step: int, split: str, metrics: Metrics, time_s: float) -> None:
         self.run.log({"step": step, **{f"{split}/{k}": v for k, v in flatten(metrics).items()}})
 
+    def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        import wandb
+
+        if rows:
+            data = [list(row.values()) for row in rows]
+            self.run.log({"step": step, name: wandb.Table(columns=list(rows[0]), data=data)})
+
     def flush(self) -> None:
         """Each line is handed to wandb's own process at once, which outlives this one."""
 
@@ -122,11 +135,26 @@ class Tensorboard:
         for name, value in flatten(metrics).items():
             self.writer.add_scalar(f"{split}/{name}", value, step)
 
+    def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        facts = [{k: v for k, v in row.items() if k not in ("prompt", "answer")} for row in rows]
+        texts = [
+            "  \n".join(f"{k} {v}" for k, v in fact.items())
+            + f"\n\n{_quoted(row['prompt'])}\n\n---\n\n{_quoted(row['answer'])}"
+            for fact, row in zip(facts, rows, strict=True)
+        ]
+        if texts:
+            self.writer.add_text(name, "\n\n".join(texts), step)
+
     def flush(self) -> None:
         self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _quoted(text: str) -> str:
+    """As Markdown's code, which shows every character as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _leave_to_the_next_line() -> None:

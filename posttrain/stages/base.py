@@ -58,18 +58,18 @@ class Loss:
 class Supply:
     """What a stage that makes its own steps works with.
 
-    loader: the data's order; its `take` gives the prompts of an iteration. draws: how many examples an epoch-counted run draws.
-    runtime: ranks, device, precision. rollout: writes answers. judge: (prompts, answers) → their rewards. state: what
+    runtime: ranks, device, precision. rollout: writes answers. judge: (prompts, answers) → their rewards. loader: the data's
+    order; its `take` gives the prompts of an iteration. draws: how many examples an epoch-counted run draws. state: what
     Step.stream held at the checkpoint that the run goes on from.
     """
 
-    loader: Any
-    draws: int | None
     runtime: Any
     packing: Any
     seed: int
     rollout: RolloutBackend | None = None
     judge: Any = None
+    loader: Any = None
+    draws: int | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
 

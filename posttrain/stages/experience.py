@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from posttrain.models.networks import Networks
     from posttrain.stages.base import Supply
 
+SHOWN_PROMPTS = 4
+"""Whose answers an iteration shows."""
+
 
 @dataclass
 class Experience:
@@ -27,6 +30,7 @@ class Experience:
 
     mask, logprobs, reference, values: [B, T] over responses and their tokens, fp64, 0 off the mask; scores: [B] the rewards'
     weighted sum, NaN where one failed. parts: each reward's own [B]. finished: [B] whether an end token closed the response.
+    texts: the responses as they were rewarded.
     """
 
     groups: list[TokenGroup]
@@ -39,6 +43,7 @@ class Experience:
     parts: dict[str, Tensor]
     finished: Tensor
     samples: int
+    texts: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
@@ -71,6 +76,21 @@ class Experience:
         parts = np.split(chosen, stops[:-1])
         groups = {i: self.groups[i].only(part) for i, part in enumerate(parts) if part.any()}
         return self._laid_out(groups, list(groups), layout)
+
+    def rollouts(self, iteration: int) -> list[dict[str, Any]]:
+        """A few prompts, each with its answers and their rewards, as JSON."""
+        found = []
+        for start in range(0, min(len(self.groups), SHOWN_PROMPTS * self.samples), self.samples):
+            answers = []
+            for i in range(start, start + self.samples):
+                answers.append({
+                    "answer": self.texts[i], "finished": bool(self.finished[i]), "reward": _known(self.scores[i]),
+                    "rewards": {name: _known(part[i]) for name, part in self.parts.items()},
+                    "kl": float((self.logprobs[i] - self.reference[i]).sum()),
+                })  # fmt: skip
+            group = self.groups[start]
+            found.append({"id": group.cluster, "prompt": group.question, "iteration": iteration, "rollouts": answers})
+        return found
 
     def metrics(self, beta: float) -> dict[str, Any]:
         """For the log line of the iteration; rewards with intervals clustered by prompt."""
@@ -115,7 +135,7 @@ def collect(
     rolled = time.monotonic()
     judged = supply.judge([prompts[i] for i in mine for _ in range(stage.samples)], answers)
     everything = runtime.gather([(mine, answers, judged)])
-    groups, answers, parts, unreadable = _in_order(prompts, everything, stage.samples)
+    groups, answers, texts, parts, unreadable = _in_order(prompts, everything, stage.samples)
     scored = time.monotonic()
     columns = token_columns(networks, supply, stage, groups)
     seconds = {"rollout": rolled - began, "reward": scored - rolled, "score": time.monotonic() - scored}
@@ -127,7 +147,7 @@ def collect(
     found = {name: _matrix(columns[name]) for name in ("logprobs", "reference", "values", "entropy")}
     experience = Experience(
         groups, mask, found["logprobs"], found["reference"], found["values"], found["entropy"], scores, parts, finished,
-        stage.samples, seconds,
+        stage.samples, texts, seconds,
     )  # fmt: skip
     experience.counts = {
         "reward_unreadable": unreadable / len(groups),
@@ -145,34 +165,37 @@ def token_columns(
 ) -> dict[str, list[np.ndarray]]:
     """logprobs, entropy and values under the policy as it is, reference under the reference: of each response's tokens.
     sampled: logprobs among the tokens that could be drawn."""
-    own = _forwards(networks.policy, networks, supply, stage, groups)
+    own = _forwards(networks.policy, supply, stage, groups)
     zeros = [np.zeros(group.trained_tokens, dtype=np.float32) for group in groups]
     columns = {"values": zeros, "reference": own["logprobs"]} | own
     if networks.frozen is not None:
         with networks.frozen() as policy:
-            columns["reference"] = _forwards(policy, networks, supply, stage, groups)["logprobs"]
+            columns["reference"] = _forwards(policy, supply, stage, groups, bare=True)["logprobs"]
     return columns
 
 
 @torch.no_grad()
 def _forwards(
-    policy: Any, networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
+    policy: Any, supply: Supply, stage: Any, groups: list[TokenGroup], bare: bool = False
 ) -> dict[str, list[np.ndarray]]:
-    """The work is shared by the ranks; in evaluation mode, so that no dropout stands between old and new."""
+    """The work is shared by the ranks; in evaluation mode, so that no dropout stands between old and new. bare: log-probs
+    alone."""
     runtime, shared = supply.runtime, supply.packing.layout == "shared"
     parts_of = _by_prompt(range(len(groups)), stage.samples) if shared else [[i] for i in range(len(groups))]
     data = Examples([joined([groups[i] for i in part]) for part in parts_of] if shared else groups)
-    was_training = policy.training
+    was_training, device = policy.training, next(policy.parameters()).device
     policy.eval()
     found: dict[str, list[Any]] = {}
     parts = []
     for positions, rows in evaluation_batches(data, supply.packing, runtime.rank, runtime.world):
-        batch = gather(data, positions, rows, supply.packing.layout).to(runtime.device)
-        with runtime.autocast():
-            scores = policy(batch, statistics=True, entropy=True, temperature=stage.temperature)
-        columns = {"logprobs": scores.logprobs, "entropy": scores.statistics.entropy}
-        columns["sampled"] = scores.logprobs if scores.sampled is None else scores.sampled
-        columns |= {"values": scores.values} if scores.values is not None else {}
+        batch = gather(data, positions, rows, supply.packing.layout).to(device)
+        with runtime.autocast(device):
+            scores = policy(batch, statistics=True, entropy=not bare, temperature=stage.temperature, bare=bare)
+        columns = {"logprobs": scores.logprobs}
+        if not bare:
+            columns["entropy"] = scores.statistics.entropy
+            columns["sampled"] = scores.logprobs if scores.sampled is None else scores.sampled
+            columns |= {"values": scores.values} if scores.values is not None else {}
         used = [i for row in rows for place in row for i in parts_of[positions[place]]]
         parts.append((used, {name: column.float().cpu().numpy() for name, column in columns.items()}))
     policy.train(was_training)
@@ -223,19 +246,23 @@ def _by_prompt(positions: Sequence[int] | np.ndarray, samples: int) -> list[list
 
 def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) -> Any:
     """What the ranks have sampled and scored, in the order of the prompts."""
-    by_prompt: dict[int, tuple[list[Generation], dict[str, list[float]]]] = {}
+    by_prompt: dict[int, tuple[list[Generation], list[str], dict[str, list[float]]]] = {}
     unreadable, names = 0, list[str]()
     for mine, answers, judged in everything:
         unreadable += judged.unreadable
         names = list(judged.scores) or names
         for place, i in enumerate(mine):
             part = slice(place * samples, (place + 1) * samples)
-            by_prompt[i] = (answers[part], {name: values[part] for name, values in judged.scores.items()})
+            scores = {name: values[part] for name, values in judged.scores.items()}
+            by_prompt[i] = (answers[part], judged.texts[part], scores)
     order = range(len(prompts))
     answers = [answer for i in order for answer in by_prompt[i][0]]
-    groups = [answered(prompts[i], a, k, "") for i in order for k, a in enumerate(by_prompt[i][0])]
-    parts = {n: torch.tensor([v for i in order for v in by_prompt[i][1][n]], dtype=torch.float64) for n in names}
-    return groups, answers, parts, unreadable
+    texts = [text for i in order for text in by_prompt[i][1]]
+    groups = [
+        answered(prompts[i], a, k, t) for i in order for k, (a, t) in enumerate(zip(*by_prompt[i][:2], strict=True))
+    ]
+    parts = {n: torch.tensor([v for i in order for v in by_prompt[i][2][n]], dtype=torch.float64) for n in names}
+    return groups, answers, texts, parts, unreadable
 
 
 def _mean(scores: Tensor, clusters: Sequence[str]) -> Any:
@@ -247,6 +274,10 @@ def _mean(scores: Tensor, clusters: Sequence[str]) -> Any:
     rows = np.array([names[c] for c, k in zip(clusters, known.tolist(), strict=True) if k])
     sums, counts = (np.bincount(rows, w, minlength=len(names)) for w in (values, np.ones(len(values))))
     return stats.bootstrap(sums[counts > 0], counts[counts > 0], resamples=1_000)
+
+
+def _known(score: Tensor) -> float | None:
+    return None if score.isnan() else float(score)
 
 
 def _matrix(rows: Sequence[np.ndarray]) -> Tensor:

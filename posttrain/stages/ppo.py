@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from posttrain.models.networks import Networks
     from posttrain.stages.base import Supply
 
+T = TypeVar("T")
+
 HELD_OUT = 2**32 - 1
 """The number of no iteration."""
 
@@ -72,6 +74,16 @@ class Controls:
             squares += (value - before) * (value - mean)
         self.rewards[:] = count, mean, squares
         return (scores - mean) / ((squares / max(count - 1, 1)) ** 0.5 + 1e-8)
+
+
+def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each with whether it is the last, known once the next has been asked for."""
+    found = iter(items)
+    for item in found:
+        for after in found:
+            yield item, False
+            item = after
+        yield item, True
 
 
 @dataclass
@@ -215,16 +227,17 @@ class PPO(Stage):
             experience = collect(networks, supply, self, prompts, sampling)
             scores = self.shaped_scores(experience, controls)
             self.add_advantages(experience, scores, controls.beta, warming=iteration < self.critic_warmup)
-            told = experience.metrics(controls.beta)
+            told, shown = experience.metrics(controls.beta), experience.rollouts(controls.iteration)
             controls = replace(controls, iteration=iteration + 1, beta=self.adapted(controls.beta, experience.kl))
-            minibatches = list(self.minibatches_of(experience, supply.packing.layout, supply.seed, iteration))
+            minibatches = self.minibatches_of(experience, supply.packing.layout, supply.seed, iteration)
             rank, world = supply.runtime.rank, supply.runtime.world
-            for place, groups in enumerate(minibatches):
+            for groups, is_last in with_last(minibatches):
                 data = Examples(groups)
                 step = compose(number, data, np.arange(len(data)), supply.packing, rank, world)
                 number += 1
                 step.stream, step.told, told = asdict(controls), told, {}
-                over = place + 1 == len(minibatches) or number == last
+                step.rollouts = shown
+                over = is_last or number == last
                 step.closes = cache(lambda step=step, over=over: over or self.moved_far(step, supply))
                 yield step
                 if step.closes():
@@ -237,7 +250,8 @@ class PPO(Stage):
         found = collect(networks, supply, replace(self, samples=1), prompts, sampling)
         gaps = (found.logprobs - found.reference).sum(1).tolist()
         metrics = [{"reward_sampled": score} for score in found.scores.tolist()]
-        return [each | {"kl": gap} for each, gap in zip(metrics, gaps, strict=True)] if self.beta else metrics
+        known = networks.frozen is not None
+        return [each | {"kl": gap} for each, gap in zip(metrics, gaps, strict=True)] if known else metrics
 
     def minibatches_of(
         self, experience: Experience, layout: str, seed: int, iteration: int

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from posttrain.companions import check_companions
 from posttrain.disk import write_json, writing
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import Evaluation, Evaluator
-from posttrain.judge import open_judge
+from posttrain.frozen import open_frozen
 from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
 from posttrain.models.probe import probe_positions, sliding_window
 from posttrain.models.rope import check_rope
-from posttrain.reference import Reference, check
+from posttrain.reference import Reference
 from posttrain.report.console import Console, interval
 from posttrain.report.logbook import Logbook
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
 from posttrain.runtime import Runtime
-from posttrain.session import check_attention, check_fits, open_directory, open_network, prepare_data, stop_ids
+from posttrain.session import (
+    check_attention,
+    check_fits,
+    open_directory,
+    open_network,
+    open_supply,
+    prepare_data,
+    stop_ids,
+)
 from posttrain.summary import Summary
 
 if TYPE_CHECKING:
@@ -61,7 +71,10 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
     networks = Networks(runtime.wrap(policy), policy, tokenizer, described)
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, packing, runtime, cfg.eval, ends, cfg.train.seed)
     if cfg.stage.answer_tokens:
-        evaluator.judge = open_judge(cfg, runtime, tokenizer)
+        supply = open_supply(cfg, runtime, packing, ends, tokenizer, run)
+        if cfg.model.reference is not None:
+            networks.frozen = open_frozen(cfg, runtime, policy, is_start=False)
+        evaluator.judge, evaluator.sampled = supply.judge, partial(cfg.stage.held_out, networks, supply)
     found = evaluator(0, final=True, samples=True)
     summary = Summary(str(run.path), cfg.stage_name, 0, metrics={k: plain(v) for k, v in found.metrics.items()})
     if runtime.is_main:
@@ -78,17 +91,14 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
 
 
 def _check_reference(cfg: Config, tokenizer: Any) -> None:
-    if cfg.stage.answer_tokens and (cfg.model.reference or cfg.model.critic):
-        raise ConfigError(
-            f"posttrain eval stage={cfg.stage_name} answers greedily and rewards that, which takes neither model.reference nor "
-            "model.critic; leave them out"
-        )
+    if cfg.model.critic is not None:
+        raise ConfigError("model.critic is of training alone: posttrain eval asks no critic; leave it out")
     if cfg.stage.needs_reference(False) != "never" and cfg.model.reference is None:
         raise ConfigError(
             f"posttrain eval stage={cfg.stage_name} measures how far a model has come from a reference; set "
             "model.reference to the model it was trained from"
         )
-    check(cfg, tokenizer)
+    check_companions(cfg, tokenizer)
 
 
 def _write(cfg: Config, run: RunDir, config: dict[str, Any], found: Evaluation, summary: Summary) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain import reference
+from posttrain.companions import check_companions
 from posttrain.layout import beyond_budget, packing_of
 from posttrain.models.adapters import add_adapter
 from posttrain.models.lineage import folded
@@ -27,7 +27,7 @@ def plan(cfg: Config) -> None:
     console, runtime = Console(), Runtime(cfg.precision.name, cfg.distribution.name)
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
-    reference.check(cfg, tokenizer)
+    check_companions(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type, prepared)
     prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)

@@ -42,7 +42,8 @@ def our_rollout(options: Any) -> Found:
 
     from posttrain.allocator import keep_freed_memory
     from posttrain.models.policy import Policy
-    from posttrain.rollout import Sampling, generate
+    from posttrain.rollout import generate
+    from posttrain.sampling import Sampling
 
     keep_freed_memory()
     model, tokenizer, prompts, end = policy_and_prompts(options)

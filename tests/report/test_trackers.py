@@ -88,6 +88,43 @@ def test_tensorboard_holds_values_intervals_and_config(posttrain_process: Run) -
     assert (config["optim"]["lr"], config["train"]["steps"], config["model"]["path"]) == (1e-5, 3, "embedded")
 
 
+SAMPLING = (
+    "stage=ppo", "data.train=embedded:prompts:20", "data.eval=embedded:prompts:10:held_out", "stage.rewards=[exact]",
+    "stage.samples=2", "batch.size=4", "stage.epochs=1", "eval.generate=10", "stage.max_new_tokens=4", *OPTIONS,
+)  # fmt: skip
+
+
+def rollouts() -> list[dict[str, Any]]:
+    rows = map(json.loads, Path("r/samples.jsonl").read_text().splitlines())
+    return [{"id": row["id"], **one} for row in rows for one in row.get("rollouts", ())]
+
+
+def test_wandb_shows_answers_and_rollouts(posttrain_process: Run) -> None:
+    done = posttrain_process(*SAMPLING, "log=wandb", "log.mode=offline")
+    assert done["status"] == 0, done["output"]
+    (path,) = Path("r/wandb").glob("offline-run-*/files/media/table/rollouts*.table.json")
+    table = json.loads(path.read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["answer"] for row in rows] == [one["answer"] for one in rollouts()]
+    assert [row["reward"] for row in rows] == [one["reward"] for one in rollouts()]
+    assert len(list(path.parent.glob("samples*.table.json"))) == 2  # the start and the end
+
+
+def test_tensorboard_shows_answers_and_rollouts(posttrain_process: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = posttrain_process(*SAMPLING, "log=tensorboard")
+    assert done["status"] == 0, done["output"]
+    events = EventAccumulator("r/tensorboard").Reload()
+    (shown,) = events.Tensors("rollouts/text_summary")
+    text = shown.tensor_proto.string_val[0].decode()
+    assert len(rollouts()) == 8
+    for one in rollouts():
+        assert f"    {one['answer']}" in text
+        assert one["id"] in text
+    assert [e.step for e in events.Tensors("samples/text_summary")] == [0, 3]
+
+
 def test_wandb_without_an_account_is_told(posttrain_process: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     for name in ("HOME", "NETRC"):

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import small_arguments
 from safetensors.torch import load_file
 
+from posttrain.config import resolve
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import DataError, UserError
 from posttrain.models.embedded import DIRECTORY
@@ -22,6 +24,7 @@ from posttrain.models.token_logprobs import token_kl
 from posttrain.stages.experience import Experience
 from posttrain.stages.ppo import PPO as PPO_STAGE
 from posttrain.stages.ppo import Controls
+from posttrain.tools.evaluate import evaluate
 
 Run = Callable[..., Any]
 PPO = (
@@ -209,6 +212,9 @@ def test_a_critic_of_its_own(run: Run) -> None:
         (("model.critic=nowhere",), "model.critic=nowhere"),
         (("stage.critic_warmup=1", "stage.advantage=return"), "has no critic"),
         (("stage.kl_estimator=full",), "of the KL in the loss"),
+        (("model.frozen_device=cpu", "adapter=lora"), "the policy without its adapter, so there is nothing to move"),
+        (("model.frozen_device=offload", "stage.beta=0"), "nothing stays beside the policy"),
+        (("model.frozen_device=cpu", "stage.kl_in=loss", "stage.kl_estimator=full"), "in every step"),
         (("stage.top_p=0.9", "stage.rollout_server=http://127.0.0.1:9"), "does not say which tokens"),
     ],
 )
@@ -249,7 +255,8 @@ def experience(lengths: list[int]) -> Experience:
         )  # fmt: skip
         first += length
     none = torch.zeros(len(lengths), max(lengths))
-    return Experience(groups, none, none, none, none, none, none[:, 0], {}, none[:, 0].bool(), samples=2)
+    texts = [""] * len(lengths)
+    return Experience(groups, none, none, none, none, none, none[:, 0], {}, none[:, 0].bool(), samples=2, texts=texts)
 
 
 def test_a_value_head_goes_on_with_the_next_run(run: Run) -> None:
@@ -263,3 +270,59 @@ def test_a_value_head_goes_on_with_the_next_run(run: Run) -> None:
 @pytest.mark.parametrize("options", [("data.eval=", "data.eval_fraction=0"), ("eval.generate=0",)])
 def test_without_anything_held_out(run: Run, options: tuple[str, ...]) -> None:
     assert run(*PPO, *options, "eval.verifier=none", "run.dir=r").steps == 4
+
+
+@pytest.mark.parametrize("where", ["offload", "cpu"])
+def test_where_the_frozen_networks_stay_changes_nothing(run: Run, where: str) -> None:
+    run(
+        "stage=reward",
+        "data.train=embedded:pairs:40",
+        "data.eval=embedded:pairs:8:held_out",
+        "train.steps=2",
+        "run.dir=scorer",
+    )
+    options = (*PPO, "stage.rewards=[model]", "model.reward=scorer", "optim.lr=1e-3")
+    run(*options, "run.dir=a")
+    run(*options, f"model.frozen_device={where}", "run.dir=b")
+    for a, b in zip(lines("a"), lines("b"), strict=True):
+        assert [a[name] for name in ("loss", "kl", "grad_norm")] == [b[name] for name in ("loss", "kl", "grad_norm")]
+
+
+def test_the_last_iterations_rollouts_can_be_looked_at(run: Run) -> None:
+    """Beside the held-out answers; each with its rewards, recomputed here, in the order in which they were sampled."""
+    run(*PPO, "stage.rewards=[exact,length:4]", "stage.reward_weights=[1,0.5]", "train.steps=8", "run.dir=r")
+    rows = [json.loads(line) for line in Path("r/samples.jsonl").read_text().splitlines()]
+    held_out, rollouts = (rows[:20], rows[20:])
+    assert all("before" in row for row in held_out)
+    assert [len(row["rollouts"]) for row in rollouts] == [4] * 4
+    assert {row["iteration"] for row in rollouts} == {3}
+    rewards = [one for row in rollouts for one in row["rollouts"]]
+    assert all(
+        one["reward"] == pytest.approx(one["rewards"]["exact"] + 0.5 * one["rewards"]["length:4"]) for one in rewards
+    )
+    for row in rollouts:
+        first, _, second = row["prompt"].removesuffix("=").partition("+" if "+" in row["prompt"] else "-")
+        right = int(first) + int(second) if "+" in row["prompt"] else int(first) - int(second)
+        for one in row["rollouts"]:
+            assert one["rewards"]["exact"] == (one["answer"].strip() == str(right)), (row["prompt"], one)
+
+
+def test_the_update_is_timed(run: Run) -> None:
+    run(*PPO, "train.log_every=2", "run.dir=r")
+    for line in lines("r"):
+        assert line["update_seconds"] > 0
+        assert line["update_tokens_per_second"] > 0
+
+
+def test_eval_samples_too_and_measures_the_way_from_a_reference(run: Run) -> None:
+    """The trained policy's held-out scores are those of the run that trained it."""
+    trained = run(*PPO, "optim.lr=3e-3", "run.dir=r")
+
+    def scores(*overrides: str) -> Any:
+        return evaluate(resolve(small_arguments(*PPO, "model.path=r", *overrides), "eval")).metrics
+
+    again = scores("model.reference=embedded", "run.dir=s")
+    for name in ("reward", "reward_sampled", "kl"):
+        assert again[name]["value"] == pytest.approx(trained.metrics[name]["value"], abs=1e-5), name
+    assert trained.metrics["kl"]["value"] > 0.1
+    assert "kl" not in scores("run.dir=t")
