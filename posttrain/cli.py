@@ -44,7 +44,7 @@ VERBS = {
         "RUN|MODEL",
         "talk to a trained model",
         takes_config=False,
-        options="[--system TEXT] [--temperature T, 0 is greedy] [--max-new-tokens N] [--seed N]",
+        options="[--system TEXT] [--temperature T|fitted, 0 is greedy] [--max-new-tokens N] [--seed N]",
     ),
     "merge": Verb(
         "posttrain.tools.merge:merge",

@@ -140,9 +140,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     if not cfg.stage.answer_tokens:
         prepared.lines += loader.restore(state.stream) if state.step else []
-    evaluator.judge = supply.judge
+    evaluator.answers.judge = supply.judge
     if cfg.stage.answer_tokens:
-        evaluator.sampled = partial(cfg.stage.held_out, networks, supply)
+        evaluator.answers.sampled = partial(cfg.stage.held_out, networks, supply)
     if state.step > steps:
         raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from posttrain import checkpoint
+from posttrain.calibration import write_temperature
 from posttrain.data.loader import Step
 from posttrain.disk import whole_directory, write_json, writing
 from posttrain.errors import Stopped, TrainingError
@@ -286,6 +287,8 @@ class Trainer:
         if self.runtime.is_main:
             with writing(run.model), whole_directory(run.model, run.path / ".model.tmp") as scratch:
                 save_model(session.networks, scratch, session.ends, session.networks.source_dtype)
+                if evaluation is not None:
+                    write_temperature(scratch, evaluation, self.cfg.stage.confidence_of, session.prepared.fingerprint)
             summary.compare(self.start, evaluation, self.cfg.eval, self.cfg.train.seed)
             with writing(run.path):
                 write_json(run.path / "summary.json", asdict(summary))

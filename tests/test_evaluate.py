@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import small_arguments
 
+from posttrain.answers import Sample
 from posttrain.config import resolve
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import prepare
-from posttrain.evaluate import Evaluation, Evaluator, Sample
+from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks, build_network
 

@@ -19,9 +19,9 @@ from posttrain.data.batches import collate
 from posttrain.data.packing import Packing
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ConfigError, ModelError
-from posttrain.evaluate import read_records
 from posttrain.models.embedded import DIRECTORY
 from posttrain.models.policy import Policy
+from posttrain.records import read_records
 
 Run = Callable[..., Any]
 PAIRS = ["stage=dpo", "data.train=embedded:pairs:80", "data.eval=embedded:pairs:20:held_out", "data.cache=cache"]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.stats import temperature_grid
+
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Size of one chunk's fp32 logits; bounds the memory of the output layer whatever the batch. Each further chunk is one more
 pass over the layer's whole gradient, so much smaller ones cost time."""
@@ -54,12 +56,17 @@ class LogitTransform:
 
 @dataclass
 class TokenStatistics:
-    """Detached per-token numbers, each [N], fp32 (top1_hit: bool)."""
+    """Detached per-token numbers, each [N], fp32 (top1_hit: bool).
+
+    grid: of M of the tokens, at each β of stats.temperature_grid(): logsumexp(βz) [M, G], its derivative E_β[z] [M, G], and the
+    target's own logit [M].
+    """
 
     logprob: Tensor
     entropy: Tensor | None = None
     top1_hit: Tensor | None = None
     confidence: Tensor | None = None
+    grid: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def chunks(targets: Tensor, vocab_size: int) -> list[slice]:
@@ -101,11 +108,20 @@ def weighted_nll(
 
 @torch.no_grad()
 def token_statistics(
-    hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform | None = None, entropy: bool = False
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    transform: LogitTransform | None = None,
+    entropy: bool = False,
+    fitted: Tensor | None = None,
 ) -> TokenStatistics:
-    """log π(target), top-1 hit, confidence (the largest probability) and on request entropy (nats), in one pass."""
+    """log π(target), top-1 hit, confidence (the largest probability) and on request entropy (nats), in one pass.
+
+    fitted: [M] increasing positions among the targets, whose `grid` is wanted.
+    """
     transform = transform or LogitTransform()
     columns: list[tuple[Tensor, ...]] = []
+    grids: list[tuple[Tensor, ...]] = []
     for part in chunks(targets, head_size(head)):
         z = logits_of(hidden[part], head, transform)
         lse = z.logsumexp(-1)
@@ -115,8 +131,25 @@ def token_statistics(
         if entropy:
             row += (lse - (z.sub(lse[:, None]).exp_().mul_(z)).sum(-1),)
         columns.append(row)
+        if fitted is not None:
+            here = fitted[(fitted >= part.start) & (fitted < part.stop)] - part.start
+            grids.append((*_on_grid(z[here], top[here]), chosen[here]))
     logprob, hit, confidence, *rest = (torch.cat(column) for column in zip(*columns, strict=True))
-    return TokenStatistics(logprob, rest[0] if rest else None, hit, confidence)
+    logsumexp, slope, label = (torch.cat(column) for column in zip(*grids, strict=True)) if grids else (None,) * 3
+    grid = None if logsumexp is None or slope is None or label is None else (logsumexp, slope, label)
+    return TokenStatistics(logprob, rest[0] if rest else None, hit, confidence, grid)
+
+
+def _on_grid(z: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp(βz) and E_β[z] of logits z [n, V] with maxima top [n], [n, G] each."""
+    below, room = z - top[:, None], torch.empty_like(z)
+    found = []
+    for beta in temperature_grid().tolist():
+        weights = torch.mul(below, beta, out=room).exp_()
+        total = weights.sum(-1)
+        found.append((total.log() + beta * top, torch.linalg.vecdot(weights, below) / total + top))
+    logsumexp, slope = (torch.stack(column, -1) for column in zip(*found, strict=True))
+    return logsumexp, slope
 
 
 def is_plain_linear(head: nn.Module) -> bool:

@@ -66,12 +66,14 @@ class Policy(Decoder):
         reference: Callable[[], AbstractContextManager[Policy]] | None = None,
         values_alone: bool = False,
         bare: bool = False,
+        fitted: Tensor | None = None,
     ) -> Scores:
         """Log-probs of the batch's targets; with `weights` [N] also the weighted objective, its gradient formed at once.
 
         temperature: of the distribution that log-probs and statistics are of. entropy: of the statistics, or beside
         differentiable log-probs differentiable too. reference: asks for the KL to the policy that it gives. values_alone: the
         critic's gradient ends at the states that it reads. bare: neither values nor `sampled`, as of a reference.
+        fitted: [M] the targets whose statistics have what a temperature is fitted to.
         """
         transform = self.transform if temperature == 1 else replace(self.transform, temperature=temperature)
         states, balance = self.states(batch, router)
@@ -82,7 +84,7 @@ class Policy(Decoder):
             objective, logprobs = weighted_nll(hidden, self.head, batch.targets, weights, transform, smoothing)
             scores = Scores(logprobs, objective)
         elif statistics:
-            found = token_statistics(hidden, self.head, batch.targets, transform, entropy)
+            found = token_statistics(hidden, self.head, batch.targets, transform, entropy, fitted)
             scores = Scores(found.logprob, statistics=found)
         else:
             scores = Scores(token_logprobs(hidden, self.head, batch.targets, transform))

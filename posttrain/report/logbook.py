@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from posttrain.disk import writing
-from posttrain.evaluate import Evaluation, read_records, write_records
+from posttrain.evaluate import Evaluation
+from posttrain.records import read_calibrated, read_records, write_records
 from posttrain.report import samples
 from posttrain.report.sinks import Sink, open_sinks, read_metrics
 from posttrain.rundir import RunDir
@@ -79,4 +80,5 @@ class Logbook:
         if not path.is_file():
             return None
         ids, clusters, records = read_records(path)
-        return Evaluation(step, metrics, ids, clusters, records, samples.read(self.run, step, which))
+        answers = samples.read(self.run, step, which)
+        return Evaluation(step, metrics, ids, clusters, records, answers, read_calibrated(path))

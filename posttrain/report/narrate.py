@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
-from posttrain.evaluate import Evaluation, Sample
+from posttrain.answers import Sample
+from posttrain.calibration import FILE
+from posttrain.evaluate import Evaluation
 from posttrain.models.adapters import parameter_count
 from posttrain.models.export import NO_PADDING, free_pad
 from posttrain.models.lineage import folded
@@ -119,6 +121,11 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
         if "ece_noise_floor" in last.metrics:
             floor = _plain(last, "ece_noise_floor")
             console.line(f"  (a perfectly calibrated model would read ece {interval(floor)} on these examples)")
+        if "ece_calibrated" in last.metrics:
+            fitted, error = (interval(_plain(last, name)) for name in ("temperature", "ece_calibrated"))
+            console.line(
+                f"  (temperature {fitted}, fitted on one half, brings the other's ece to {error}; model/{FILE})"
+            )
         _show_samples(session, first.samples, last.samples)
     speed = f", {summary.tokens_per_second:,.0f} tokens/s after the first step" if summary.tokens_per_second else ""
     memory = summary.peak_memory_bytes / 2**30
@@ -196,7 +203,7 @@ def _verdict(change: dict[str, Any] | None) -> str:
 
 
 def _plain(evaluation: Evaluation, name: str) -> Any:
-    found = evaluation.metrics[name]
+    found = evaluation.metrics.get(name)
     return stats.Estimate(**found) if isinstance(found, dict) else found
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from posttrain.answers import Sample
 from posttrain.disk import write_text
-from posttrain.evaluate import Sample
 from posttrain.rundir import RunDir
 
 

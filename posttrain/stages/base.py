@@ -33,6 +33,19 @@ if TYPE_CHECKING:
 Records = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation wants in the records.
+
+    bins: of the calibration error. temperature: that confidences in them are taken at. fit_every: of the tokens whose sums a
+    temperature is fitted to, one in so many is taken; 0: no such sums (those of pairs cost nothing and are always there).
+    """
+
+    bins: int
+    temperature: float = 1.0
+    fit_every: int = 0
+
+
 @dataclass
 class Loss:
     """The sums of one micro-batch.
@@ -88,6 +101,8 @@ class Stage:
     watches: ClassVar[str] = "nll"
     """The metric by which best-so-far and early stopping judge; stats.LOWER_IS_BETTER says in which direction."""
 
+    confidence_of: ClassVar[str] = "tokens"
+    """Whose confidence a fitted temperature corrects: "tokens", or "pairs" of responses."""
     shows: ClassVar[tuple[str, ...]] = ("loss",)
     """What the line of a training step tells; metrics.jsonl has all."""
     undecided: ClassVar[tuple[str, ...]] = ()
@@ -175,8 +190,9 @@ class Stage:
         still too."""
         return ()
 
-    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
-        """Evaluation records: column name → fp64 array with a row for each of the batch's Groups."""
+    def score(self, networks: Networks, batch: Batch, asked: Asked) -> Records:
+        """Evaluation records: column name → fp64 array with a row for each of the batch's Groups. At another temperature than 1
+        only the bins are read."""
         raise NotImplementedError
 
 

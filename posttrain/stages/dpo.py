@@ -18,7 +18,7 @@ from torch import Tensor
 from posttrain.data.group import Group
 from posttrain.data.preferences import pairs_of, standings
 from posttrain.errors import ConfigError
-from posttrain.stages.base import Loss, Records
+from posttrain.stages.base import Asked, Loss, Records
 from posttrain.stages.preferences import (
     Pairs,
     Preference,
@@ -135,10 +135,10 @@ class DPO(Preference):
         found = link_loss(h, self.link, self.flip_probability)
         return self.beta * found if self.link == "odds_ratio" else found
 
-    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
+    def score(self, networks: Networks, batch: Batch, asked: Asked) -> Records:
         logprobs = networks.policy(batch).logprobs
         pairs = pairs_in(batch)
-        records = pair_records(self.margins(logprobs, pairs, batch) + self.target_margin, pairs, batch, bins)
+        records = pair_records(self.margins(logprobs, pairs, batch) + self.target_margin, pairs, batch, asked)
         records |= means(self._of_extremes(logprobs, batch))
         return records | (reference_records(logprobs, batch) if batch.reference is not None else {})
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from posttrain.data.group import Group
 from posttrain.errors import ConfigError, DataError
-from posttrain.stages.base import Loss, Records
+from posttrain.stages.base import Asked, Loss, Records
 from posttrain.stages.preferences import (
     Pairs,
     Preference,
@@ -147,10 +147,10 @@ class GPRO(Preference):
             return (gap - 1 / (2 * self.beta)) ** 2
         return link_loss(self.beta * gap, self.link)
 
-    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
+    def score(self, networks: Networks, batch: Batch, asked: Asked) -> Records:
         logprobs = networks.policy(batch).logprobs
         z, pairs = self.log_ratios(logprobs, batch).double(), pairs_in(batch)
-        records = pair_records(self.beta * (z[pairs.first] - z[pairs.second]), pairs, batch, bins)
+        records = pair_records(self.beta * (z[pairs.first] - z[pairs.second]), pairs, batch, asked)
         best, worst = extremes(batch)
         whole, tokens = batch.by_response(logprobs).double(), batch.trained_per_response.double()
         for name, index in (("best", best), ("worst", worst)):

@@ -8,13 +8,14 @@ reports stays the unsmoothed nll.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from posttrain.stages.base import Loss, Records, Stage
+from posttrain.stages.base import Asked, Loss, Records, Stage
 from posttrain.stats import bin_edges
 
 if TYPE_CHECKING:
@@ -53,9 +54,36 @@ class Likelihood(Stage):
         stats = {"nll": (-scores.logprobs.sum() * batch.weight, float(batch.trained_tokens))}
         return Loss({"nll": scores.objective}, stats).with_router(scores.router)
 
-    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
-        statistics = networks.policy(batch, statistics=True).statistics
-        return token_records(statistics, batch, bins)
+    def score(self, networks: Networks, batch: Batch, asked: Asked) -> Records:
+        fitted = fitted_tokens(batch, asked.fit_every) if asked.fit_every else None
+        found = networks.policy(batch, statistics=True, temperature=asked.temperature, fitted=fitted).statistics
+        return token_records(found, batch, asked.bins) | (
+            fit_records(found, fitted, batch) if fitted is not None else {}
+        )
+
+
+def fitted_tokens(batch: Batch, every: int) -> torch.Tensor:
+    """One in `every` of each Group's targets, [M] positions among the batch's; which one comes first is its id's to say, so
+    that no place in a document is preferred."""
+    owner = batch.group[batch.response]
+    first = torch.searchsorted(owner, torch.arange(len(batch.ids), device=owner.device))
+    place = torch.arange(len(owner), device=owner.device) - first[owner]
+    offset = torch.tensor([zlib.crc32(name.encode()) % every for name in batch.ids], device=owner.device)
+    return ((place + offset[owner]) % every == 0).nonzero()[:, 0]
+
+
+def fit_records(statistics: TokenStatistics, fitted: torch.Tensor, batch: Batch) -> Records:
+    """What a temperature is fitted to, summed over each Group's fitted tokens: see stats/temperature_grid.py."""
+    assert statistics.grid is not None
+    owner = batch.group[batch.response][fitted].cpu()
+
+    def total(values: torch.Tensor) -> np.ndarray:
+        sums = torch.zeros(len(batch.ids), *values.shape[1:], dtype=torch.float64)
+        return sums.index_add(0, owner, values.double().cpu()).numpy()
+
+    logsumexp, slope, label = statistics.grid
+    records = {"grid_logsumexp": total(logsumexp), "grid_slope": total(slope), "grid_label": total(label)}
+    return records | {"grid_items": total(torch.ones(len(fitted)))}
 
 
 def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Records:

@@ -17,7 +17,7 @@ from posttrain.data.group import Group
 from posttrain.data.join import join_prompts
 from posttrain.data.preferences import oddities, standings
 from posttrain.errors import DataError
-from posttrain.stages.base import Records, Stage
+from posttrain.stages.base import Asked, Records, Stage
 from posttrain.stats import bin_index, temperature_grid
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Preference(Stage):
 
     data_formats: ClassVar[tuple[str, ...]] = ("pairs", "groups", "scored")
     train_on: ClassVar[str] = "response"
+    confidence_of: ClassVar[str] = "pairs"
     streams: ClassVar[bool] = False  # prompts are joined, and the reference reads all of the data first
 
     def keeps(self, group: Group) -> bool:
@@ -156,14 +157,15 @@ def pair_stats(h: Tensor, batch: Batch) -> dict[str, tuple[Tensor, float]]:
     return {"margin": (h.sum() * batch.weight, n), "pair_accuracy": (right.sum() * batch.weight, n)}
 
 
-def pair_records(h: Tensor, pairs: Pairs, batch: Batch, bins: int) -> Records:
+def pair_records(h: Tensor, pairs: Pairs, batch: Batch, asked: Asked) -> Records:
     """Sums over each Group's pairs, fp64: accuracy (½ on a tie; pairs without a preferred side left out), nll, margin, brier,
     calibration bins folded onto [½, 1], and what fitting a temperature needs. h: [P] margins of the first over the second.
     """
     margin, p = h.double().cpu().numpy(), pairs.p.double().cpu().numpy()
     owner, count = batch.group[pairs.first].cpu().numpy(), len(batch.ids)
     decided = p != 0.5
-    confidence, correct = expit(np.abs(margin)), np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
+    bins, confidence = asked.bins, expit(np.abs(margin) / asked.temperature)
+    correct = np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
     where = owner * bins + bin_index(confidence, bins, 0.5, 1.0)
 
     def total(values: np.ndarray) -> np.ndarray:

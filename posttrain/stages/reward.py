@@ -24,7 +24,7 @@ from posttrain.data.group import Group
 from posttrain.data.preferences import standings
 from posttrain.errors import ConfigError
 from posttrain.models.networks import Head
-from posttrain.stages.base import Loss, Records
+from posttrain.stages.base import Asked, Loss, Records
 from posttrain.stages.preferences import (
     Pairs,
     Preference,
@@ -118,10 +118,10 @@ class Reward(Preference):
         losses = soft(pairwise_loss(h, self.objective, margin), pairwise_loss(-h, self.objective, margin), pairs.p)
         return _mean_by_group(losses, pairs, batch)
 
-    def score(self, networks: Networks, batch: Batch, bins: int) -> Records:
+    def score(self, networks: Networks, batch: Batch, asked: Asked) -> Records:
         rewards = networks.policy(batch).rewards.double()
         pairs = pairs_in(batch)
-        records = pair_records(rewards[pairs.first] - rewards[pairs.second], pairs, batch, bins)
+        records = pair_records(rewards[pairs.first] - rewards[pairs.second], pairs, batch, asked)
         best, worst = extremes(batch)
         records |= means({"reward_chosen": rewards[best], "reward_rejected": rewards[worst]})
         return records | _list_records(rewards, batch)

@@ -16,7 +16,7 @@ from posttrain.stats.records import LOWER_IS_BETTER, NEITHER, paired, summarise
 from posttrain.stats.reliability import ReliabilityBin, reliability
 from posttrain.stats.significance import holm, mcnemar, smallest_detectable
 from posttrain.stats.temperature import Temperature, fit_temperature
-from posttrain.stats.temperature_grid import fit_temperature_on_grid, temperature_grid
+from posttrain.stats.temperature_grid import fit_temperature_on_grid, held_out, held_out_ece, temperature_grid
 
 __all__ = [
     "LOWER_IS_BETTER",
@@ -41,6 +41,8 @@ __all__ = [
     "fit_temperature",
     "fit_temperature_on_grid",
     "fold_pairs",
+    "held_out",
+    "held_out_ece",
     "holm",
     "mce",
     "mce_from_bins",

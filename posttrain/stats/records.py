@@ -8,6 +8,7 @@ Columns, fp64, one row an example (a document, or one window of it):
     bin_count, bin_confidence, bin_correct   [D, B]: items, Σ confidence, Σ correct in each calibration bin
     X_sum, X_count                           a score X of its own: pair_accuracy, margin, kl ... (nll of pairs, not tokens)
     grid_logsumexp, grid_slope, grid_label   what a temperature is fitted to, on temperature_grid() (temperature_grid.py)
+    grid_items                               how many items these are of, where they are not of all
     anything else                            a number an example, reported as its mean: accuracy, reward ...
 
 A score appears where its columns do. All scores of a call come from the same resamples.
@@ -27,6 +28,7 @@ from posttrain.stats.scores import estimate, exponentiated
 from posttrain.stats.table import (
     GAP,
     GRID,
+    GRID_ITEMS,
     RATIOS,
     ROWS,
     Columns,
@@ -141,7 +143,7 @@ def _calibration(rows: Columns, drawn: Columns, level: float) -> dict[str, Estim
 
 
 def _temperature(rows: Columns, level: float, resamples: int, seed: int) -> dict[str, Estimate]:
-    items = rows["nll_count"] if "nll_count" in rows else rows["tokens"]
+    items = next(rows[name] for name in (GRID_ITEMS, "nll_count", "tokens") if name in rows)
     names = [f"{i:012d}" for i in range(len(items))]  # the rows are in order already
     value, slope, label = (rows[name] for name in GRID)
     if not (slope.any() or label.any()):  # nothing is told apart, so no temperature is better than another

@@ -26,8 +26,9 @@ RATIOS = {  # name: numerator, denominator, factor; in the order reported
 }
 BINS = ("bin_count", "bin_confidence", "bin_correct")
 GRID = ("grid_logsumexp", "grid_slope", "grid_label")
+GRID_ITEMS = "grid_items"
 PROPORTIONS = {"token_accuracy", "pair_accuracy", "best_accuracy"}
-AT_LEAST_0 = {"tokens", "bytes", "chars", "correct", "brier_sum"}
+AT_LEAST_0 = {"tokens", "bytes", "chars", "correct", "brier_sum", GRID_ITEMS}
 KNOWN = {"nll_sum", *AT_LEAST_0, *BINS, *GRID}
 TAKEN = {*RATIOS, "ece", "ece_noise_floor", "mce"}
 ROWS = "(rows)"  # our own column: how many rows were summed into the cluster
@@ -55,7 +56,7 @@ def resample(sides: list[Columns], resamples: int, seed: int) -> list[Columns]:
     """Resampled sums of every column, [R] or [R, B], of all sides, from one product."""
     parts: list[tuple[int, str, Array]] = []
     for side, rows in enumerate(sides):
-        needed = {name: column for name, column in rows.items() if name not in (*BINS, *GRID)}
+        needed = {name: column for name, column in rows.items() if name not in (*BINS, *GRID, GRID_ITEMS)}
         if has_bins(rows):
             needed |= {GAP: gaps(calibration_sums(rows)), "bin_count": rows["bin_count"]}
         parts += [(side, name, column) for name, column in needed.items()]

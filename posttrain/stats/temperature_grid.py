@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import CubicHermiteSpline, CubicSpline
 
+from posttrain.stats.calibration import ece_from_bins
+from posttrain.stats.calibration_error import CalibrationError
 from posttrain.stats.estimate import nothing
-from posttrain.stats.identity import as_ids, sort_by_id
+from posttrain.stats.identity import as_ids, cluster_sums, sort_by_id
 from posttrain.stats.inputs import Array, check_finite, check_level, table, vector
 from posttrain.stats.ratios import nll
+from posttrain.stats.table import BINS
 from posttrain.stats.temperature import Temperature, interval, minimise
 
 
@@ -52,8 +55,7 @@ def fit_temperature_on_grid(
     size = len(sums["tokens"])
     if size < 2 or not sums["tokens"].any():
         return Temperature(**vars(nothing("temperature needs two documents, to fit on and to report on", size)))
-    shuffled = np.random.default_rng(seed).permutation(size)
-    fit, held = np.sort(shuffled[: size // 2]), np.sort(shuffled[size // 2 :])
+    fit, held = _halves(size, seed)
     x = np.log(grid)
     beta, at_bound = _fit(x, {name: column[fit].sum(axis=0) for name, column in sums.items()})
     slopes = CubicSpline(x, sums["slope"][fit], axis=1)
@@ -69,6 +71,29 @@ def fit_temperature_on_grid(
     return Temperature(
         **vars(found), at_bound=at_bound, nll_before=losses[0], nll_after=losses[1], report_on="held out"
     )
+
+
+def held_out(names: Any, seed: int = 0) -> Array:
+    """Of rows of documents `names` [D] (several rows may be of one), which are in the half that a temperature fitted with this
+    seed was not fitted on: [D] bool."""
+    documents = np.unique(as_ids("names", names, len(names)))
+    return np.isin(names, documents[_halves(len(documents), seed)[1]])
+
+
+def held_out_ece(
+    bins: dict[str, Any], names: Any, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> CalibrationError:
+    """`ece` of the held-out half alone. bins: bin_count, bin_confidence and bin_correct [D, B]; names: [D] their documents."""
+    chosen = held_out(names, seed)
+    documents = as_ids("names", names, len(names))[chosen]
+    sums = cluster_sums({name: np.asarray(bins[name])[chosen] for name in BINS}, documents)
+    return ece_from_bins(*(sums[name] for name in BINS), level=level, resamples=resamples, seed=seed)
+
+
+def _halves(size: int, seed: int) -> tuple[Array, Array]:
+    """Places of the documents, in the order of their names, to fit on and to report on."""
+    shuffled = np.random.default_rng(seed).permutation(size)
+    return np.sort(shuffled[: size // 2]), np.sort(shuffled[size // 2 :])
 
 
 def _fit(x: Array, total: dict[str, Array]) -> tuple[float, bool]:

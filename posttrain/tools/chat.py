@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
-from posttrain.errors import ModelError
+from posttrain import stats
+from posttrain.calibration import FILE, read_temperature
+from posttrain.errors import ConfigError, ModelError
 from posttrain.models.lineage import is_reward_model, resolve_path
 from posttrain.models.reload import load_saved
 
@@ -19,6 +22,9 @@ def chat(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if is_reward_model(resolve_path(options.model)):
         raise ModelError(f"{options.model} is a reward model: it scores answers and writes none; give a policy")
+    fitted = fitted_temperature(options.model)
+    if options.temperature is None:
+        options.temperature = required(fitted, options.model)
     model, tokenizer = load_saved(options.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
@@ -28,6 +34,8 @@ def chat(argv: list[str]) -> None:
     if interactive:
         kind = "its chat template" if tokenizer.chat_template else "no chat template: the prompt is continued as it is"
         print(f"{options.model} ({kind}; temperature {options.temperature:g}, seed {options.seed}). /new, /quit")
+        if fitted is not None:
+            print(f"at temperature {fitted} its probabilities fit held-out text best: --temperature fitted")
     for line in _lines(interactive):
         if line == "/quit":
             break
@@ -38,6 +46,22 @@ def chat(argv: list[str]) -> None:
         history.append({"role": "user", "content": line})
         answer = _answer(model, tokenizer, history, options, device)
         history.append({"role": "assistant", "content": answer})
+
+
+def fitted_temperature(model: str) -> stats.Estimate | None:
+    """What the run that trained this model has found for its tokens, if it has."""
+    found = read_temperature(Path(resolve_path(model)))
+    return stats.Estimate(**found["temperature"]) if found and found["of"] == "tokens" else None
+
+
+def required(fitted: stats.Estimate | None, model: str) -> float:
+    """ConfigError where none was fitted."""
+    if fitted is None or fitted.value is None:
+        raise ConfigError(
+            f"--temperature fitted: no temperature was fitted to the tokens of {model} (its {FILE}); sft and pretrain fit one on "
+            "their evaluation data; give a number"
+        )
+    return fitted.value
 
 
 def _lines(interactive: bool) -> Any:
@@ -79,11 +103,16 @@ def _answer(model: Any, tokenizer: Any, history: list[dict[str, str]], options: 
     return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
+def _temperature(text: str) -> float | None:
+    return None if text == "fitted" else float(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="posttrain chat", description="Talk to a run, a model directory or a hub id.")
     parser.add_argument("model", help="a run directory, a model directory, an adapter, or a hub id")
     parser.add_argument("--system", help="a system prompt")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
+    told = "0 is greedy; fitted: the model's own (default: %(default)s)"
+    parser.add_argument("--temperature", type=_temperature, default=0.7, help=told)
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from posttrain.calibration import write_temperature
 from posttrain.companions import check_companions
 from posttrain.disk import write_json, writing
 from posttrain.errors import ConfigError, DataError
@@ -74,13 +75,16 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
         supply = open_supply(cfg, runtime, packing, ends, tokenizer, run)
         if cfg.model.reference is not None:
             networks.frozen = open_frozen(cfg, runtime, policy, is_start=False)
-        evaluator.judge, evaluator.sampled = supply.judge, partial(cfg.stage.held_out, networks, supply)
+        evaluator.answers.judge = supply.judge
+        evaluator.answers.sampled = partial(cfg.stage.held_out, networks, supply)
     found = evaluator(0, final=True, samples=True)
     summary = Summary(str(run.path), cfg.stage_name, 0, metrics={k: plain(v) for k, v in found.metrics.items()})
     if runtime.is_main:
         facts = {"seed": cfg.train.seed, "data_fingerprint": prepared.fingerprint, "device": runtime.describe()}
         create(run, config, cfg.to_yaml(), cfg.overrides, facts, "eval")
         _write(cfg, run, config, found, summary)
+        with writing(run.path):
+            write_temperature(run.path, found, cfg.stage.confidence_of, prepared.fingerprint)
         for line in prepared.lines:
             console.line(f"  · {line}")
         rows = [[name, interval(value), getattr(value, "method", "")] for name, value in found.metrics.items()]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from posttrain.errors import ModelError
-from posttrain.evaluate import read_records
 from posttrain.models.lineage import lineage
 from posttrain.models.reload import load_saved
+from posttrain.records import read_records
 from posttrain.tools.merge import merge
 
 Run = Callable[..., Any]

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from posttrain.data import embedded
 from posttrain.errors import ModelError
-from posttrain.evaluate import read_records
 from posttrain.models.embedded import DIRECTORY
 from posttrain.models.reload import load_saved
+from posttrain.records import read_records
 from posttrain.tools.chat import chat
 from posttrain.tools.merge import merge
 

@@ -1,0 +1,56 @@
+"""The records of an evaluation as a Parquet file: a row an example, so that runs are compared without running a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from posttrain.evaluate import Evaluation
+
+Records = dict[str, np.ndarray]
+AT_TEMPERATURE = "calibrated_"
+
+
+def write_records(path: Path, evaluation: Evaluation) -> None:
+    """id, cluster, the columns of its records, and with the prefix `calibrated_` those at the fitted temperature."""
+    columns: dict[str, Any] = {"id": evaluation.ids, "cluster": evaluation.clusters}
+    at_temperature = {AT_TEMPERATURE + name: column for name, column in evaluation.calibrated.items()}
+    for name, column in (evaluation.records | at_temperature).items():
+        columns[name] = column if column.ndim == 1 else list(column)
+    write_table(path, columns)
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> None:
+    """The whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    try:
+        pq.write_table(pa.table(columns), scratch)
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def read_records(path: Path) -> tuple[list[str], list[str], Records]:
+    """ids, clusters and columns as they were written, those at the fitted temperature left out."""
+    table = pq.read_table(path)
+    columns = {name: _column(table, name) for name in table.column_names[2:] if not name.startswith(AT_TEMPERATURE)}
+    return table["id"].to_pylist(), table["cluster"].to_pylist(), columns
+
+
+def read_calibrated(path: Path) -> Records:
+    """The columns at the fitted temperature; none where none was fitted."""
+    table = pq.read_table(path)
+    names = [name for name in table.column_names if name.startswith(AT_TEMPERATURE)]
+    return {name.removeprefix(AT_TEMPERATURE): _column(table, name) for name in names}
+
+
+def _column(table: pa.Table, name: str) -> np.ndarray:
+    values: np.ndarray = table[name].to_numpy(zero_copy_only=False)
+    return np.stack(list(values)) if values.dtype == object else values

@@ -1,0 +1,162 @@
+"""The temperature of tokens: fitted without keeping logits, to what fitting on all logits gives; and what is done with it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_arguments
+from transformers import AutoModelForCausalLM
+
+from posttrain import evaluate, stats
+from posttrain.calibration import usable
+from posttrain.config import resolve
+from posttrain.data.packing import Packing
+from posttrain.data.pipeline import prepare
+from posttrain.errors import ConfigError
+from posttrain.evaluate import Evaluation, Evaluator
+from posttrain.models.embedded import DIRECTORY
+from posttrain.models.load import load_tokenizer
+from posttrain.models.networks import Networks, build_network
+from posttrain.runtime import Runtime
+from posttrain.stages.likelihood import fitted_tokens
+from posttrain.tools.chat import chat, fitted_temperature
+
+Run = Callable[..., Any]
+PAIRS = (
+    "data.train=embedded:pairs:200", "data.eval=embedded:pairs:100:held_out", "optim.lr=3e-3", "train.steps=30",
+)  # fmt: skip
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Evaluation, list[Any]]]:
+    """found(budget, layout) → the embedded model's final evaluation and the examples it was of."""
+
+    def made(budget: int = 10**9, layout: str = "padded") -> tuple[Evaluation, list[Any]]:
+        monkeypatch.setattr(evaluate, "FITTED_TOKENS", budget)
+        cfg = resolve(small_arguments("eval.resamples=300", "data.eval=embedded:prompt_completion:120:held_out"))
+        tokenizer = load_tokenizer(cfg.model)
+        data = prepare(cfg.data, tokenizer, cfg.stage, cfg.train.seed).eval
+        policy, _ = build_network(cfg.model, cfg.adapter, torch.float32, cfg.train.seed)
+        networks = Networks(policy, policy, tokenizer)
+        runtime = Runtime("fp32", "ddp")
+        evaluator = Evaluator(
+            cfg.stage,
+            networks,
+            data,
+            Packing(layout, 200),
+            runtime,
+            cfg.eval,
+            set(),
+            cfg.train.seed,  # type: ignore[arg-type]
+        )
+        return evaluator(0, final=True), data.groups(range(len(data)))
+
+    return made
+
+
+def logits_of(groups: list[Any]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Every target's logits, its id, and its example, by plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
+    rows, labels, names = [], [], []
+    for group in groups:
+        ids = group.prompt + group.responses[0]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+        for place, target in enumerate([False] * len(group.prompt) + group.masks[0]):
+            if target:
+                rows.append(logits[place - 1].numpy())
+                labels.append(ids[place])
+                names.append(group.cluster)
+    return np.stack(rows), np.array(labels), names
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_it_is_what_fitting_on_all_logits_gives(found: Any, layout: str) -> None:
+    evaluation, groups = found(layout=layout)
+    logits, labels, names = logits_of(groups)
+    fit = ~stats.held_out(names, 42)
+    expected = stats.fit_temperature(logits[fit], labels[fit], clusters=np.array(names)[fit])
+    fitted = evaluation.metrics["temperature"]
+    assert fitted.n == fit.sum()
+    assert fitted.value == pytest.approx(expected.value, rel=5e-3)
+    assert (fitted.low, fitted.high) == pytest.approx((expected.low, expected.high), rel=0.03)
+
+
+def test_the_bins_at_it_are_those_of_the_scaled_logits_on_the_other_half(found: Any) -> None:
+    evaluation, groups = found()
+    logits, labels, names = logits_of(groups)
+    other = stats.held_out(names, 42)
+    scaled = logits[other] / evaluation.metrics["temperature"].value
+    confidence = np.exp(scaled - np.logaddexp.reduce(scaled, 1, keepdims=True)).max(1)
+    expected = stats.ece(
+        confidence, scaled.argmax(1) == labels[other], clusters=np.array(names)[other], resamples=300, seed=42
+    )
+    told = evaluation.metrics["ece_calibrated"]
+    assert told.n == other.sum()
+    assert told.value == pytest.approx(expected.value, abs=1e-5)
+
+
+def test_one_token_in_so_many_is_enough(found: Any) -> None:
+    whole, part = found()[0], found(budget=200)[0]
+    assert 60 < part.metrics["temperature"].n < 160 < whole.metrics["temperature"].n
+    ends = part.metrics["temperature"].low, part.metrics["temperature"].high
+    assert ends[0] < whole.metrics["temperature"].value < ends[1]
+    assert part.records["grid_items"].sum() < whole.records["grid_items"].sum()
+    assert part.metrics["nll"].value == whole.metrics["nll"].value
+
+
+def test_which_tokens_are_taken_is_their_examples_to_say() -> None:
+    def batch(ids: list[str], lengths: list[int]) -> Any:
+        owner = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths))
+        return SimpleNamespace(ids=ids, group=torch.arange(len(ids)), response=owner)
+
+    together = fitted_tokens(batch(["a", "b", "c"], [7, 1, 12]), 3).tolist()  # type: ignore[arg-type]
+    alone = [fitted_tokens(batch([i], [n]), 3).tolist() for i, n in (("a", 7), ("b", 1), ("c", 12))]  # type: ignore[arg-type]
+    starts = (0, 7, 8)
+    assert together == [start + place for start, places in zip(starts, alone, strict=True) for place in places]
+    assert all(b - a == 3 for places in alone for a, b in pairwise(places))
+    assert fitted_tokens(batch(["a"], [5]), 1).tolist() == [0, 1, 2, 3, 4]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stage", "of"),
+    [
+        (("stage=sft",), "tokens"),
+        (("stage=reward", *PAIRS), "pairs"),
+    ],
+)
+def test_it_stands_beside_the_model(run: Run, stage: tuple[str, ...], of: str) -> None:
+    summary = run(*stage, "run.dir=r")
+    kept = json.loads(Path("r/model/temperature.json").read_text())
+    assert kept["temperature"] == summary.metrics["temperature"]
+    assert kept["ece_calibrated"] == summary.metrics["ece_calibrated"]
+    assert kept["of"] == of
+    assert kept["temperature"]["low"] < kept["temperature"]["value"] < kept["temperature"]["high"]
+    assert kept["nll_after"]["n"] == kept["nll_before"]["n"]
+
+
+def test_at_a_bound_it_is_not_to_be_used() -> None:
+    assert usable({"temperature": {"value": 0.25, "low": None, "high": None, "se": None, "n": 9, "clusters": 9,
+                                   "method": "T = 0.25 is a bound, no interval"}}) is None  # fmt: skip
+    assert usable({}) is None
+
+
+def test_chat_takes_it(run: Run) -> None:
+    summary = run("run.dir=r")
+    fitted = fitted_temperature("r")
+    assert fitted is not None
+    assert fitted.value == summary.metrics["temperature"]["value"]
+    command = [sys.executable, "-m", "posttrain", "chat", "r", "--temperature", "fitted"]
+    told = subprocess.run(command, input="12+13=\n", capture_output=True, text=True, check=True)
+    assert told.stdout.strip()
+    Path("r/model/temperature.json").unlink()
+    with pytest.raises(ConfigError, match="no temperature was fitted to the tokens of r"):
+        chat(["r", "--temperature", "fitted"])
