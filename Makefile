@@ -29,6 +29,9 @@ bench-preferences: $(VENV)/.dev
 bench-rollouts: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/rollouts.py $(BENCH)
 
+bench-stats: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/stats.py $(BENCH)
+
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .
 
