@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
 from posttrain.disk import write_json
+from posttrain.errors import ModelError
 
 if TYPE_CHECKING:
     from posttrain.evaluate import Evaluation
@@ -30,7 +31,9 @@ def write_temperature(directory: Path, found: Evaluation, of: str, fingerprint: 
     """temperature.json, where a temperature was fitted. of: "tokens" or "pairs", whose confidence it corrects."""
     if usable(found.metrics) is None:
         return
-    plain = {name: _plain(found.metrics[name]) for name in ("temperature", "ece", "ece_calibrated")}
+    plain = {
+        name: _plain(found.metrics[name]) for name in ("temperature", "ece", "ece_calibrated") if name in found.metrics
+    }
     fitted = found.metrics["temperature"]
     losses = {n: _plain(v) for n in ("nll_before", "nll_after") if (v := getattr(fitted, n, None)) is not None}
     write_json(directory / FILE, {**plain, **losses, "of": of, "data_fingerprint": fingerprint})
@@ -39,7 +42,12 @@ def write_temperature(directory: Path, found: Evaluation, of: str, fingerprint: 
 def read_temperature(directory: Path) -> dict[str, Any] | None:
     """What write_temperature has put there."""
     path = directory / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; delete it, the model does not need it") from error
 
 
 def _plain(estimate: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -15,6 +16,7 @@ from posttrain.errors import CheckpointError
 LOCK = ".lock"
 """The file in a run's directory that is locked; what it says of its holder is for the error alone."""
 
+LOOKS = 3
 ADVICE = "set run.dir or run.root"
 
 
@@ -53,7 +55,7 @@ class Claim:
             except OSError:
                 return  # what can really not be written will be told by what is written
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -96,3 +98,13 @@ def _is_that(file: TextIO, path: Path) -> bool:
         return False
     here = os.fstat(file.fileno())
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _lock(file: TextIO) -> None:
+    """BlockingIOError where another process holds it; who only looks whether one does (report/recorded.py) is soon gone."""
+    for _ in range(LOOKS):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

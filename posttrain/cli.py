@@ -39,6 +39,13 @@ VERBS = {
     ),
     "eval": Verb("posttrain.tools.evaluate:evaluate", SETTINGS, "score a model on data.eval, with intervals"),
     "prepare": Verb("posttrain.tools.prepare:prepare", SETTINGS, "tokenise the data to a cache, once"),
+    "compare": Verb(
+        "posttrain.tools.compare:compare",
+        "RUN RUN [RUN ...]",
+        "is one better? differences with paired intervals; loads no model",
+        takes_config=False,
+        options="[--out FILE] [--json FILE] [--resamples N] [--seed N]",
+    ),
     "chat": Verb(
         "posttrain.tools.chat:chat",
         "RUN|MODEL",
@@ -52,6 +59,12 @@ VERBS = {
         "a run's adapter merged into its model",
         takes_config=False,
         options="[--dtype auto|float32|bfloat16|float16]",
+    ),
+    "report": Verb(
+        "posttrain.tools.report:report",
+        "RUN",
+        "write a run's page, RUN/report.html, to open in a browser",
+        takes_config=False,
     ),
     "doctor": Verb("posttrain.tools.doctor:doctor", "", "what this machine has and lacks", takes_config=False),
 }

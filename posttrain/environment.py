@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
+OPTIONAL = ("lm-eval",)
+"""Recorded where they are installed: what a score is depends on them too."""
 
 
 def environment() -> dict[str, Any]:
@@ -19,7 +21,8 @@ def environment() -> dict[str, Any]:
     return {
         "posttrain": version("posttrain"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES}
+        | {name: found for name in OPTIONAL if (found := _version(name))},
         "git_commit": _git_commit(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -29,7 +29,8 @@ WHILE_TRAINING, AT_THE_END = 1_000, 10_000
 class Evaluation:
     """What one evaluation found; `records`, `calibrated` and `samples` are on rank 0 only.
 
-    calibrated: the bins of the calibration error at the fitted temperature, where one was fitted.
+    calibrated: the bins of the calibration error at the fitted temperature, where one was fitted, of the documents that it was
+    not fitted to; zeros for the others.
     """
 
     step: int
@@ -99,7 +100,8 @@ class Evaluator:
     def _add_calibrated(self, found: Evaluation, parts: list[Any]) -> None:
         """The bins at the fitted temperature, and their calibration error on the documents that it was not fitted to."""
         order = np.argsort(np.array([i for part in parts for i in part[0]]), kind="stable")
-        found.calibrated = {name: np.concatenate([part[2][name] for part in parts])[order] for name in CALIBRATED}
+        others = stats.held_out(found.clusters, self.seed)[:, None]  # [D, 1]: the half that it was not fitted to
+        found.calibrated = {n: np.concatenate([part[2][n] for part in parts])[order] * others for n in CALIBRATED}
         found.metrics["ece_calibrated"] = stats.held_out_ece(
             found.calibrated, found.clusters, level=self.options.confidence_level, resamples=self._resamples(True),
             seed=self.seed,
@@ -139,8 +141,7 @@ class Evaluator:
             )
         )
         if "accuracy" in columns:
-            scored = columns["accuracy"][~np.isnan(columns["accuracy"])]
-            metrics["accuracy"] = stats.wilson(scored.sum(), len(scored), level=self.options.confidence_level)
+            metrics["accuracy"] = stats.accuracy(columns["accuracy"], clusters, self.options.confidence_level)
         return metrics
 
     def _add_accuracy(self, columns: Records, ids: list[str], answers: list[Sample]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 Records = dict[str, np.ndarray]
 AT_TEMPERATURE = "calibrated_"
+LOWER = "lower_is_better"
 
 
 def write_records(path: Path, evaluation: Evaluation) -> None:
@@ -25,12 +28,13 @@ def write_records(path: Path, evaluation: Evaluation) -> None:
     write_table(path, columns)
 
 
-def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """The whole file or none."""
+def write_table(path: Path, columns: dict[str, Any], lower_is_better: Sequence[str] = ()) -> None:
+    """The whole file or none. lower_is_better: scores of these columns of which that is not known by their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     try:
-        pq.write_table(pa.table(columns), scratch)
+        table = pa.table(columns).replace_schema_metadata({LOWER: json.dumps(list(lower_is_better))})
+        pq.write_table(table, scratch)
         scratch.replace(path)
     except OSError:
         scratch.unlink(missing_ok=True)
@@ -42,6 +46,12 @@ def read_records(path: Path) -> tuple[list[str], list[str], Records]:
     table = pq.read_table(path)
     columns = {name: _column(table, name) for name in table.column_names[2:] if not name.startswith(AT_TEMPERATURE)}
     return table["id"].to_pylist(), table["cluster"].to_pylist(), columns
+
+
+def read_lower_is_better(path: Path) -> set[str]:
+    """As it was written."""
+    found = (pq.read_schema(path).metadata or {}).get(LOWER.encode(), b"[]")
+    return set(json.loads(found))
 
 
 def read_calibrated(path: Path) -> Records:

@@ -19,7 +19,10 @@ from posttrain.errors import CheckpointError, ConfigError
 RECORD = "config.json"
 """The whole config as plain values, and the verb: what a continuation is compared with."""
 
-LEFTOVERS = ("metrics.jsonl", "samples.jsonl", "wandb_id.txt", "eval/step-*.parquet", "eval/step-*.tmp")
+LEFTOVERS = (
+    "metrics.jsonl", "samples.jsonl", "data.json", "wandb_id.txt", "report.html", "eval/examples.parquet",
+    "eval/step-*.parquet", "eval/step-*.tmp", "eval/harness-*", "eval/temperature.json",
+)  # fmt: skip
 LEFTOVER_FOLDERS = ("checkpoints/.step-*", "tensorboard", "wandb/*run-*")
 RECORDED = {
     "stage",

@@ -24,6 +24,7 @@ from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
+from posttrain.examples import check_slices, describe
 from posttrain.judge import open_judge
 from posttrain.layout import beyond_budget, packing_of, probe_critic, probe_layout
 from posttrain.models.load import load_config, load_tokenizer
@@ -97,6 +98,8 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     prepared = prepare_data(cfg, tokenizer, runtime)
     if not prepared.stream:
         on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
+    if cfg.eval.slices:
+        on_main(runtime, lambda: check_slices(cfg.eval.slices, describe(prepared.eval)))
     ends = stop_ids(prepared, tokenizer)
     packing = packing_of(cfg, runtime.device.type, prepared)
     loader = open_loader(cfg, prepared, packing, runtime.rank, runtime.world)
@@ -152,7 +155,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
 
 def open_supply(cfg: Config, runtime: Runtime, packing: Packing, ends: set[int], tokenizer: Any, run: RunDir) -> Supply:
     """What the stage samples and judges with; a run that trains adds where its prompts come from."""
-    supply = Supply(runtime, packing, cfg.train.seed)
+    supply = Supply(runtime, packing, cfg.train.seed, cfg.eval.confidence_level)
     if cfg.stage.answer_tokens:
         supply.judge = open_judge(cfg, runtime, tokenizer)
         supply.rollout = open_rollout(cfg, runtime, ends, tokenizer, run)
@@ -227,13 +230,18 @@ def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:
 
 def check_fits(cfg: Config, policy: Any, tokenizer: Any) -> None:
     """The tokenizer's ids must have embeddings, and examples must fit the positions."""
+    check_embeddings(policy, tokenizer)
+    check_positions(cfg, policy.network.config)
+
+
+def check_embeddings(policy: Any, tokenizer: Any) -> None:
+    """The tokenizer's ids must have embeddings."""
     rows = policy.network.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens but the model has embeddings for {rows:,}; "
             "give the model's own tokenizer (model.tokenizer)"
         )
-    check_positions(cfg, policy.network.config)
 
 
 def check_positions(cfg: Config, config: Any) -> None:

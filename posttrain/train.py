@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from posttrain import checkpoint
-from posttrain.calibration import write_temperature
+from posttrain.calibration import FILE, usable, write_temperature
 from posttrain.data.loader import Step
 from posttrain.disk import whole_directory, write_json, writing
 from posttrain.errors import Stopped, TrainingError
 from posttrain.evaluate import Evaluation
+from posttrain.examples import describe, write_data
 from posttrain.meter import Meter, not_finite
 from posttrain.models.export import save_model
 from posttrain.optim import learning_rate
 from posttrain.report import narrate
-from posttrain.report.console import Console, interval
+from posttrain.report.console import Console
+from posttrain.report.live import LivePage
 from posttrain.report.logbook import Logbook
+from posttrain.report.numbers import interval
 from posttrain.rundir import create
 from posttrain.runtime import Runtime, rng_state
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
+from posttrain.slices import sliced
 from posttrain.stats import LOWER_IS_BETTER
 from posttrain.summary import Summary
 
@@ -54,6 +59,7 @@ class Trainer:
         self.runtime, self.state, self.cfg = session.runtime, session.state, session.cfg
         self.meter = Meter(session.runtime, session.cfg.stage.weights(), session.state.pooled)
         self.logbook = Logbook(session.run)
+        self.page = LivePage(session.run, session.cfg.log.report and self.runtime.is_main, session.console.line)
         self.stop = StopRequest()
         self.stopping = 0
         self.told: dict[str, Any] = {}
@@ -86,8 +92,23 @@ class Trainer:
         }
         create(session.run, self.config, cfg.to_yaml(), cfg.overrides, facts)
         dropped = checkpoint.drop_newer(session.run.checkpoints, self.state.step)
+        for file in (session.run.path / "eval").glob("step-*.parquet"):
+            if int(file.stem.removeprefix("step-")) > self.state.step:  # their lines are cut from metrics.jsonl, too
+                file.unlink()
+        if not self._is_over:
+            (session.run.path / "eval" / FILE).unlink(missing_ok=True)
         if dropped:
             session.console.line(f"removed {', '.join(dropped)}: later than the checkpoint that train.resume names")
+        write_data(
+            session.run.path / "data.json",
+            session.prepared,
+            narrate.plan_rows(session),
+            cfg.data.max_length,
+            cfg.stage.watches,
+        )
+        if len(session.prepared.eval):
+            with writing(session.run.path):
+                describe(session.prepared.eval).write(session.run.path / "eval")
         self.logbook.open(cfg.log, self.config, self.state.step if session.run.checkpoint else None)
 
     def _begin(self) -> None:
@@ -237,8 +258,17 @@ class Trainer:
         self._judge(found)
         if self._is_over and not last:
             found = self._evaluate(final=True, with_samples=True)
+        if self.runtime.is_main and usable(found.metrics) is not None:  # before its line: who finds that finds this
+            with writing(self.session.run.path):
+                write_temperature(
+                    self.session.run.path / "eval",
+                    found,
+                    self.cfg.stage.confidence_of,
+                    self.session.prepared.fingerprint,
+                )
         self.logbook.evaluation(found, self.start, self.rollouts)
         narrate.evaluation(self.session, found)
+        self.page.write()
         return found
 
     def _evaluate(self, final: bool = False, with_samples: bool = False) -> Evaluation:
@@ -287,11 +317,14 @@ class Trainer:
         if self.runtime.is_main:
             with writing(run.model), whole_directory(run.model, run.path / ".model.tmp") as scratch:
                 save_model(session.networks, scratch, session.ends, session.networks.source_dtype)
-                if evaluation is not None:
-                    write_temperature(scratch, evaluation, self.cfg.stage.confidence_of, session.prepared.fingerprint)
+                if (fitted := run.path / "eval" / FILE).is_file():
+                    shutil.copyfile(fitted, scratch / FILE)
             summary.compare(self.start, evaluation, self.cfg.eval, self.cfg.train.seed)
+            if self.cfg.eval.slices and evaluation is not None:
+                summary.slices = sliced(self.cfg, session.prepared, self.start, evaluation)
             with writing(run.path):
                 write_json(run.path / "summary.json", asdict(summary))
+            self.page.write(at_end=True)
             narrate.result(session, summary, self.start, evaluation)
         self.runtime.barrier()
         return summary

@@ -101,7 +101,7 @@ SMALL = {
     "train.steps": "4", "train.log_every": "1", "train.eval_every": "1000", "batch.size": "8", "eval.generate": "0",
     "eval.resamples": "200", "data.train": "embedded:prompt_completion:200",
     "data.eval": "embedded:prompt_completion:40:held_out", "model.path": "embedded", "precision": "fp32",
-    "data.max_length": "64", "optim.lr": "1e-4",
+    "data.max_length": "64", "optim.lr": "1e-4", "log.report": "false",
 }  # fmt: skip
 """The settings of `run`, for those who need them as arguments. It evaluates and saves at its end."""
 

@@ -1,6 +1,7 @@
 """The temperature of tokens: fitted without keeping logits, to what fitting on all logits gives; and what is done with it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from posttrain.calibration import usable
 from posttrain.config import resolve
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import prepare
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, ModelError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.embedded import DIRECTORY
 from posttrain.models.load import load_tokenizer
@@ -28,6 +29,7 @@ from posttrain.models.networks import Networks, build_network
 from posttrain.runtime import Runtime
 from posttrain.stages.likelihood import fitted_tokens
 from posttrain.tools.chat import chat, fitted_temperature
+from posttrain.tools.merge import merge
 
 Run = Callable[..., Any]
 PAIRS = (
@@ -160,3 +162,26 @@ def test_chat_takes_it(run: Run) -> None:
     Path("r/model/temperature.json").unlink()
     with pytest.raises(ConfigError, match="no temperature was fitted to the tokens of r"):
         chat(["r", "--temperature", "fitted"])
+
+
+def test_a_run_that_only_had_to_be_finished_has_the_same(run: Run) -> None:
+    """Killed after its last checkpoint: what the evaluation found is read back."""
+    run("run.dir=r")
+    whole = Path("r/model/temperature.json").read_text()
+    Path("r/summary.json").unlink()
+    shutil.rmtree("r/model")
+    run("run.dir=r")
+    assert Path("r/model/temperature.json").read_text() == whole
+
+
+def test_a_damaged_file_is_named(run: Run) -> None:
+    run("run.dir=r")
+    Path("r/model/temperature.json").write_text("{")
+    with pytest.raises(ModelError, match=r"temperature\.json cannot be read"):
+        fitted_temperature("r")
+
+
+def test_merging_keeps_it(run: Run) -> None:
+    run("adapter=lora", "run.dir=r")
+    merge(["r", "merged"])
+    assert fitted_temperature("merged") == fitted_temperature("r")

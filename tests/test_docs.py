@@ -49,6 +49,9 @@ SMALL = {
     "precision": "fp32",
 }
 
+MOST = {"train.steps": 100, "data.max_length": 128}
+"""A command that asks for more gets what SMALL has."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -78,6 +81,9 @@ WHY_NOT: dict[str, Callable[[Command], bool]] = {
         for key, value in c.settings.items()
         if key in ("data.train", "data.eval")
     ),
+    "it fetches tasks' data from the hub": lambda c: (
+        "eval.harness" in c.settings
+    ),  # tests/test_harness.py has local ones
     "it asks another's server": lambda c: "stage.rollout_server" in c.settings,  # tests/test_rollout_server.py has one
 }
 """The only reasons for which a command is composed and not run."""
@@ -130,6 +136,7 @@ def tables(text: str, first: str) -> list[list[str]]:
 def small(settings: dict[str, str], number: int, trains: bool, samples: bool = False) -> list[str]:
     """What is put behind a command, so that it is quick and needs no network. samples: its stage writes answers."""
     extra = {key: value for key, value in SMALL.items() if key not in settings}
+    extra |= {key: SMALL[key] for key, most in MOST.items() if int(settings.get(key, "0")) > most}
     if "train.epochs" in settings:
         del extra["train.steps"]
     if "data.mix" in settings:

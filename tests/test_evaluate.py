@@ -1,6 +1,8 @@
 """From the same records, in any order and from any number of ranks, the same bits."""
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from conftest import small_arguments
 
+from posttrain import stats
 from posttrain.answers import Sample
 from posttrain.config import resolve
 from posttrain.data.packing import Packing
@@ -15,6 +18,9 @@ from posttrain.data.pipeline import prepare
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks, build_network
+from posttrain.records import read_records
+from posttrain.report.samples import write as write_samples
+from posttrain.rundir import RunDir
 
 
 class Rank:
@@ -91,3 +97,33 @@ def test_the_number_of_ranks_changes_no_bit(evaluator: Any, world: int) -> None:
     parts = parts_of(evaluator, world)
     assert same(one._summarise(0, parts, [], True), expected)
     assert same(one._summarise(0, parts[::-1], [], True), expected)
+
+
+def test_copies_of_an_example_are_one_observation(run: Any) -> None:
+    """Twelve examples five times over have the interval of twelve, and lie on one side of the temperature's halves."""
+    rows = [
+        json.dumps({"prompt": f"{i}+{i}=", "completion": str(2 * i), "answer": str(2 * i)}) + "\n"
+        for i in range(10, 22)
+    ]
+    Path("once.jsonl").write_text("".join(rows))
+    Path("often.jsonl").write_text("".join(rows * 5))
+    options = ("train.steps=1", "optim.lr=1e-30", "eval.generate=100", "eval.verifier=exact", "eval.max_new_tokens=4")
+    once, often = (run(*options, f"data.eval={name}.jsonl", f"run.dir={name}").metrics for name in ("once", "often"))
+    for name in ("nll", "accuracy"):
+        assert often[name]["clusters"] == once[name]["clusters"] == 12
+        assert often[name]["value"] == pytest.approx(once[name]["value"])
+        assert often[name]["low"] <= once[name]["low"] + 0.02  # of answers by t, where singles have Wilson's z
+    ids, clusters, _ = read_records(Path("often/eval/step-000001.parquet"))
+    assert len(set(ids)) == 60
+    held = {cluster: set() for cluster in clusters}
+    for cluster, other in zip(clusters, stats.held_out(clusters, 42), strict=True):
+        held[cluster].add(bool(other))
+    assert all(len(sides) == 1 for sides in held.values())
+
+
+def test_a_lost_answer_is_not_invented(tmp_path: Path) -> None:
+    sample = Sample("a", "p", "4", "4", True)
+    write_samples(RunDir(tmp_path), [], [sample], 3)
+    line = json.loads((tmp_path / "samples.jsonl").read_text())
+    assert line["before"] is None
+    assert line["after"]["answer"] == "4"

@@ -30,6 +30,8 @@ VARYING = {
     "score_seconds",
     "rollout_tokens_per_second",
     "score_tokens_per_second",
+    "update_seconds",
+    "update_tokens_per_second",
     "peak_memory_bytes",
     "seconds",
     "run_dir",

@@ -5,14 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from posttrain.changes import changes
 from posttrain.errors import DataError
 from posttrain.evaluate import Evaluation
-from posttrain.summary import changes
 from posttrain.verify import exact, final_number, number
-
-
-class Options:
-    confidence_level, resamples, bins = 0.95, 400, 15
 
 
 def evaluation(nll: np.ndarray, accuracy: list[float] | None = None) -> Evaluation:
@@ -24,7 +20,7 @@ def evaluation(nll: np.ndarray, accuracy: list[float] | None = None) -> Evaluati
 
 
 def told(first: Evaluation, last: Evaluation) -> dict[str, dict]:
-    return changes(first, last, Options(), 0)  # type: ignore[arg-type]
+    return changes(first, last, 0.95, 400, 0)
 
 
 @pytest.mark.parametrize("drift", [-0.03, 0.05, 150.0])

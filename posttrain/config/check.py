@@ -24,6 +24,7 @@ def check(config: Config, verb: str = "train") -> None:
     _one_of(config, "run.dir", "run.name")
     _check_schedule(config)
     _check_streaming(config, verb)
+    _check_harness(config, verb)
     if config.adapter.path is not None and config.adapter.name == "none":
         raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
     if config.eval.verifier != "none" and config.eval.generate == 0:
@@ -56,7 +57,7 @@ def _check_model_and_data(config: Config, verb: str) -> None:
         raise ConfigError(
             f"{given} without a model: set model.path to a folder or hub id, for example model.path={SMALL_MODEL}"
         )
-    if train is None and (verb != "eval" or held_out is None):
+    if train is None and (verb != "eval" or held_out is None) and not (verb == "eval" and config.eval.harness):
         key = "data.eval" if verb == "eval" else "data.train"
         raise ConfigError(
             f"model.path={model} is given without data: set {key} to a file, a list of files or a hub id, "
@@ -86,6 +87,27 @@ def _check_streaming(config: Config, verb: str) -> None:
         raise ConfigError(
             "data.streaming=true needs train.steps: how long an epoch is cannot be known before the data is read, "
             f"got train.epochs={config.train.epochs:g}; try train.steps=1000 (the data starts over where it ends)"
+        )
+
+
+def _check_harness(config: Config, verb: str) -> None:
+    options = config.eval
+    tasks = f"eval.harness=[{','.join(options.harness)}]"
+    if not options.harness:
+        names = ("harness_path", "harness_limit", "harness_shots")
+        given = [f"eval.{name}={getattr(options, name)}" for name in names if getattr(options, name) is not None]
+        if given:
+            raise ConfigError(f"{given[0]} is given, but eval.harness names no task; try eval.harness=[arc_easy]")
+        return
+    if verb != "eval":
+        raise ConfigError(
+            f"{tasks} is of posttrain eval alone, not of {verb}; leave it out here, and score the trained model with "
+            f"posttrain eval model.path=RUN {tasks}"
+        )
+    if config.stage.head(set()) is not None and (config.data.train or config.data.eval):
+        raise ConfigError(
+            f"{tasks} needs a model that writes answers, and stage={config.stage_name} scores the data with a reward model; "
+            "run them apart, the harness with model.path=POLICY and no data"
         )
 
 

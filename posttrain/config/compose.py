@@ -40,7 +40,7 @@ MODEL_OR_DATA = ("model.path", "data.train", "data.eval")
 def resolve(argv: Iterable[str], verb: str = "train") -> Config:
     """key=value arguments (and --config-dir) → the whole Config, or a ConfigError that says what to type instead.
 
-    verb: what the config is for; `eval` needs no data.train.
+    verb: what the config is for; `eval` needs no data.train, and with eval.harness no data.
     """
     argv = list(argv)
     arguments = read_arguments(argv)

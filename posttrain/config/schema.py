@@ -146,6 +146,11 @@ class EvalConfig:
     generate: int = field(metadata={"min": 0})
     max_new_tokens: int = field(metadata={"min": 1})
     verifier: Literal["none", "exact", "number", "math"]
+    slices: list[str]
+    harness: list[str]
+    harness_path: str | None = field(metadata=PATH)
+    harness_limit: int | None = field(metadata={"min": 1})
+    harness_shots: int | None = field(metadata={"min": 0})
 
 
 @dataclass
@@ -173,6 +178,7 @@ class LogConfig:
     project: str
     entity: str | None
     mode: Literal["online", "offline", "disabled"]
+    report: bool
 
 
 SECTIONS: dict[str, type] = {

@@ -63,11 +63,22 @@ class Group:
         content = {"prompt": _plain(self.prompt), "responses": [_plain(r) for r in self.responses]}
         if self.rewards is not None:
             content["rewards"] = list(self.rewards)
-        encoded = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-        return hashlib.blake2b(encoded, digest_size=8).hexdigest()
+        return content_hash(content)
+
+
+def content_hash(content: Any) -> str:
+    """16 hex digits of a JSON-like value; what JSON does not know is taken as its text."""
+    encoded = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str).encode()
+    return hashlib.blake2b(encoded, digest_size=8).hexdigest()
 
 
 def _plain(text: Text | None) -> Any:
     if text is None or isinstance(text, str):
         return text
     return [asdict(message) for message in text]
+
+
+def asked(text: dict[str, Any]) -> str:
+    """The prompt of a text-level Group, or its last turn; "" where it has none."""
+    prompt = text["prompt"]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from posttrain.data.streaming.stream import Stream
     from posttrain.stages.base import Stage
 
-VERSION = 6
+VERSION = 7
 """Raise when the same text would become other tokens: cached files of other versions are not found."""
 
 

@@ -86,6 +86,11 @@ def with_occurrence(ids: Sequence[str]) -> list[str]:
     return unique
 
 
+def without_occurrence(id: str) -> str:
+    """The id that an example shares with its copies: they are one observation, made several times."""
+    return id.partition("-")[0]
+
+
 def mix_indices(
     sizes: Sequence[int],
     weights: Sequence[float] | None = None,

@@ -14,6 +14,7 @@ from posttrain.data.encoding import Counts, Encoding
 from posttrain.data.group import Group
 from posttrain.data.lengths import fits
 from posttrain.data.specials import beginning, end_ids, end_of_turn, endless, special_pattern, template_facts
+from posttrain.data.split import without_occurrence
 from posttrain.data.template import Template
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import DataError, ModelError
@@ -208,7 +209,7 @@ class Tokenizer:
         plain = [self.specials.sub("", target) if self.specials else target for target in targets]
         return TokenGroup(
             id=name,
-            cluster=name,
+            cluster=without_occurrence(name),
             prompt=prompt,
             responses=responses,
             masks=masks,

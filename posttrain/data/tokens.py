@@ -12,6 +12,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
+from posttrain.data.group import asked
+
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -96,8 +98,7 @@ class TokenGroup:
     @property
     def question(self) -> str:
         """The prompt as a person asked it, without the chat template: its text, or its last turn."""
-        prompt = json.loads(self.text)["prompt"]
-        return prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) if prompt else ""
+        return asked(json.loads(self.text))
 
     def in_two(self) -> TokenGroup:
         """A prompt alone as an example: its second half as the response to its first."""

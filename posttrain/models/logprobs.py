@@ -23,6 +23,9 @@ from posttrain.stats import temperature_grid
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Size of one chunk's fp32 logits; bounds the memory of the output layer whatever the batch. Each further chunk is one more
 pass over the layer's whole gradient, so much smaller ones cost time."""
+GRID_BYTES = {"cpu": 2**19, "cuda": 2**28}
+"""Most memory of the logits whose sums are formed at every temperature in turn: on a CPU they must stay in its cache, which
+makes it ten times as fast."""
 
 
 ROWS = 4096
@@ -142,14 +145,18 @@ def token_statistics(
 
 def _on_grid(z: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """logsumexp(βz) and E_β[z] of logits z [n, V] with maxima top [n], [n, G] each."""
-    below, room = z - top[:, None], torch.empty_like(z)
-    found = []
-    for beta in temperature_grid().tolist():
-        weights = torch.mul(below, beta, out=room).exp_()
-        total = weights.sum(-1)
-        found.append((total.log() + beta * top, torch.linalg.vecdot(weights, below) / total + top))
-    logsumexp, slope = (torch.stack(column, -1) for column in zip(*found, strict=True))
-    return logsumexp, slope
+    betas = temperature_grid().tolist()
+    found = z.new_empty(2, len(betas), len(z))
+    rows = max(1, GRID_BYTES[z.device.type] // (4 * z.shape[-1]))
+    for start in range(0, len(z), rows):
+        part = slice(start, start + rows)
+        below = z[part] - top[part, None]
+        weights = torch.empty_like(below)
+        for i, beta in enumerate(betas):
+            total = torch.mul(below, beta, out=weights).exp_().sum(-1)
+            found[0, i, part] = total.log() + beta * top[part]
+            found[1, i, part] = weights.mul_(below).sum(-1) / total + top[part]
+    return found[0].T, found[1].T
 
 
 def is_plain_linear(head: nn.Module) -> bool:

@@ -13,19 +13,14 @@ from posttrain.models.adapters import parameter_count
 from posttrain.models.export import NO_PADDING, free_pad
 from posttrain.models.lineage import folded
 from posttrain.models.reward import RewardModel
-from posttrain.report.console import interval, number
+from posttrain.report.console import Console
+from posttrain.report.numbers import interval, signed
+from posttrain.report.verdicts import SHOWN, claims_nothing, holds_up, verdict
 
 if TYPE_CHECKING:
     from posttrain.config import Config
     from posttrain.session import Session
     from posttrain.summary import Summary
-
-SHOWN = (
-    "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "objective", "reward", "reward_sampled", "nll", "nll_best",
-    "nll_worst", "perplexity", "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece",
-    "brier", "temperature",
-)  # fmt: skip
-"""Metrics of the final table, in its order; metrics.jsonl has all."""
 
 IN_A_LINE = ("accuracy", "pair_accuracy", "objective", "reward", "nll", "perplexity", "token_accuracy", "kl", "ece")
 """Metrics of the line that each evaluation gets."""
@@ -127,6 +122,7 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
                 f"  (temperature {fitted}, fitted on one half, brings the other's ece to {error}; model/{FILE})"
             )
         _show_samples(session, first.samples, last.samples)
+    show_slices(console, summary.slices)
     speed = f", {summary.tokens_per_second:,.0f} tokens/s after the first step" if summary.tokens_per_second else ""
     memory = summary.peak_memory_bytes / 2**30
     stopped = " (stopped early: no better for train.patience evaluations)" if summary.stopped_early else ""
@@ -149,7 +145,8 @@ def next_commands(summary: Summary, module: Any, pads: bool = True) -> list[tupl
     """What a user may want to type now. module: the policy or reward model; pads: whether it can be given several texts at
     once."""
     run = summary.run_dir
-    samples = "samples.jsonl, " if (Path(run) / "samples.jsonl").is_file() else ""
+    there = [name for name in ("samples.jsonl", "report.html") if (Path(run) / name).is_file()]
+    files = ", ".join(["metrics.jsonl", *there, "summary.json"])
     use = ("talk to it", f"posttrain chat {run}")
     if isinstance(module, RewardModel):
         alone = "" if pads else ", one text at a time: it has no pad token"
@@ -163,7 +160,7 @@ def next_commands(summary: Summary, module: Any, pads: bool = True) -> list[tupl
             )
     return [
         use,
-        ("its files", f"{run}/model (weights), metrics.jsonl, {samples}summary.json"),
+        ("its files", f"{run}/model (weights), {files}"),
         ("again, longer", f"posttrain recipe={run}/config.yaml train.steps={2 * summary.steps} run.dir={run}-longer"),
     ]
 
@@ -181,25 +178,33 @@ def _show_samples(session: Session, before: list[Sample], after: list[Sample]) -
         session.console.table("answers", ["prompt", "before", "after", "reference"], rows)
 
 
-def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] | None, judged: bool) -> list[str]:
-    told = (
-        "–" if change is None else f"{_signed(change['value'])} [{_signed(change['low'])}, {_signed(change['high'])}]"
+def show_slices(console: Console, slices: list[dict[str, Any]]) -> None:
+    """A row a slice; a change is told as one only if it holds up among as many slices as there are (Holm)."""
+    if not slices:
+        return
+    rows = []
+    for row in slices:
+        ends = [interval(stats.Estimate(**row[side])) if row[side] else "–" for side in ("start", "end")]
+        change = row["change"]
+        told = "–" if change is None or change["low"] is None else _change(change)
+        said = verdict(change)
+        said = "no detectable change" if said and not holds_up(change) else said
+        rows.append([row["metric"], f"{row['by']} {row['value']}", f"{row['examples']:,}", *ends, told, said])
+    console.table(
+        "slices (verdicts corrected for their number)", ["", "", "examples", "start", "end", "change", ""], rows
     )
-    said = "" if not judged or name in stats.NEITHER or _claims_nothing(name, first) else _verdict(change)
+
+
+def _change(change: dict[str, Any]) -> str:
+    return f"{signed(change['value'])} [{signed(change['low'])}, {signed(change['high'])}]"
+
+
+def _row(name: str, first: Evaluation, last: Evaluation, change: dict[str, Any] | None, judged: bool) -> list[str]:
+    told = "–" if change is None else _change(change)
+    nothing = claims_nothing(name, first.value("ece"), first.value("pair_accuracy"))
+    silent = not judged or name in stats.NEITHER or nothing
+    said = "" if silent else verdict(change)
     return [name, interval(_plain(first, name)), interval(_plain(last, name)), told, said]
-
-
-def _claims_nothing(name: str, first: Evaluation) -> bool:
-    """A model that prefers neither response of any pair is never wrong about its confidence: nothing to be worse than."""
-    return name == "ece" and first.value("ece") == 0.0 and first.value("pair_accuracy") == 0.5
-
-
-def _verdict(change: dict[str, Any] | None) -> str:
-    if change is None or change.get("low") is None:
-        return ""
-    if change["low"] <= 0 <= change["high"]:
-        return "no detectable change"
-    return "better" if change.get("better") else "worse"
 
 
 def _plain(evaluation: Evaluation, name: str) -> Any:
@@ -210,10 +215,6 @@ def _plain(evaluation: Evaluation, name: str) -> Any:
 def _scores(evaluation: Evaluation) -> str:
     names = [name for name in IN_A_LINE if name in evaluation.metrics]
     return "  ".join(f"{name} {interval(_plain(evaluation, name))}" for name in names)
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else ("+" if value > 0 else "") + number(value)
 
 
 def _short(text: str, width: int = 30) -> str:

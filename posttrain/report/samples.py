@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.answers import Sample
 from posttrain.disk import write_text
+from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir
 
 
@@ -18,14 +19,19 @@ def write(
 ) -> None:
     """Replace the file. before: None at the run's start, whose answers are the ones before; then there is none after."""
     earlier = {sample.id: sample for sample in before or []}
-    lines = []
+    lines: list[dict[str, Any]] = []
     for sample in now:
         line: dict[str, Any] = {"id": sample.id, "prompt": sample.prompt, "reference": sample.reference}
-        line["before"] = asdict(earlier.get(sample.id, sample))
+        first = sample if before is None else earlier.get(sample.id)
+        line["before"] = None if first is None else asdict(first)
         line["after"] = None if before is None else asdict(sample) | {"step": step}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    lines += [json.dumps(line, ensure_ascii=False) for line in rollouts]
-    write_text(run.path / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+        lines.append(line)
+    lines += [*rollouts]
+    write_text(run.path / "samples.jsonl", "".join(f"{_json(line)}\n" for line in lines))
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(plain(line), ensure_ascii=False, allow_nan=False)
 
 
 def read(run: RunDir, step: int, which: str) -> list[Sample]:

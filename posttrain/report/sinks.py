@@ -184,6 +184,8 @@ def plain(value: Any) -> Any:
         value = value.as_dict()
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

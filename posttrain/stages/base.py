@@ -71,14 +71,15 @@ class Loss:
 class Supply:
     """What a stage that makes its own steps works with.
 
-    runtime: ranks, device, precision. rollout: writes answers. judge: (prompts, answers) → their rewards. loader: the data's
-    order; its `take` gives the prompts of an iteration. draws: how many examples an epoch-counted run draws. state: what
-    Step.stream held at the checkpoint that the run goes on from.
+    runtime: ranks, device, precision. level: of intervals. rollout: writes answers. judge: (prompts, answers) → their rewards.
+    loader: the data's order; its `take` gives the prompts of an iteration. draws: how many examples an epoch-counted run
+    draws. state: what Step.stream held at the checkpoint that the run goes on from.
     """
 
     runtime: Any
     packing: Any
     seed: int
+    level: float = 0.95
     rollout: RolloutBackend | None = None
     judge: Any = None
     loader: Any = None
@@ -216,7 +217,7 @@ def find(name: str) -> type[Stage]:
 
 
 GROUP = "posttrain.stages"
-NOT_STAGES = {"base", "experience", "likelihood", "policy_gradient", "preferences"}
+NOT_STAGES = {"base", "controls", "experience", "likelihood", "policy_gradient", "preferences"}
 
 
 def _is_stage(value: Any) -> bool:

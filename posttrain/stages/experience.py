@@ -30,7 +30,7 @@ class Experience:
 
     mask, logprobs, reference, values: [B, T] over responses and their tokens, fp64, 0 off the mask; scores: [B] the rewards'
     weighted sum, NaN where one failed. parts: each reward's own [B]. finished: [B] whether an end token closed the response.
-    texts: the responses as they were rewarded.
+    texts: the responses as they were rewarded. referred: there is a reference; else its log-probs are the policy's own.
     """
 
     groups: list[TokenGroup]
@@ -44,6 +44,7 @@ class Experience:
     finished: Tensor
     samples: int
     texts: list[str]
+    referred: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
@@ -86,23 +87,24 @@ class Experience:
                 answers.append({
                     "answer": self.texts[i], "finished": bool(self.finished[i]), "reward": _known(self.scores[i]),
                     "rewards": {name: _known(part[i]) for name, part in self.parts.items()},
-                    "kl": float((self.logprobs[i] - self.reference[i]).sum()),
+                    "kl": float((self.logprobs[i] - self.reference[i]).sum()) if self.referred else None,
                 })  # fmt: skip
             group = self.groups[start]
             found.append({"id": group.cluster, "prompt": group.question, "iteration": iteration, "rollouts": answers})
         return found
 
-    def metrics(self, beta: float) -> dict[str, Any]:
+    def metrics(self, beta: float, level: float = 0.95) -> dict[str, Any]:
         """For the log line of the iteration; rewards with intervals clustered by prompt."""
         clusters = [group.cluster for group in self.groups]
         lengths = self.mask.sum(1)
         real = self.mask.bool()
-        found: dict[str, Any] = {"reward": _mean(self.scores, clusters)}
-        found |= {f"reward/{name}": _mean(part, clusters) for name, part in self.parts.items() if len(self.parts) > 1}
+        found: dict[str, Any] = {"reward": _mean(self.scores, clusters, level)}
+        found |= {
+            f"reward/{name}": _mean(part, clusters, level) for name, part in self.parts.items() if len(self.parts) > 1
+        }
         advantages = torch.cat([torch.from_numpy(g.tokens["advantages"]) for g in self.groups])
         found |= {
-            "kl": self.kl,
-            "beta": beta,
+            **({"kl": self.kl, "beta": beta} if self.referred else {}),
             "entropy": float(self.entropy[real].mean()),
             "response_tokens": float(lengths.mean()),
             "truncated": float((~self.finished).double().mean()),
@@ -147,7 +149,7 @@ def collect(
     found = {name: _matrix(columns[name]) for name in ("logprobs", "reference", "values", "entropy")}
     experience = Experience(
         groups, mask, found["logprobs"], found["reference"], found["values"], found["entropy"], scores, parts, finished,
-        stage.samples, texts, seconds,
+        stage.samples, texts, networks.frozen is not None, seconds,
     )  # fmt: skip
     experience.counts = {
         "reward_unreadable": unreadable / len(groups),
@@ -265,7 +267,7 @@ def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) ->
     return groups, answers, texts, parts, unreadable
 
 
-def _mean(scores: Tensor, clusters: Sequence[str]) -> Any:
+def _mean(scores: Tensor, clusters: Sequence[str], level: float) -> Any:
     known = ~scores.isnan()
     values = scores[known].numpy()
     if not len(values):
@@ -273,7 +275,7 @@ def _mean(scores: Tensor, clusters: Sequence[str]) -> Any:
     names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     rows = np.array([names[c] for c, k in zip(clusters, known.tolist(), strict=True) if k])
     sums, counts = (np.bincount(rows, w, minlength=len(names)) for w in (values, np.ones(len(values))))
-    return stats.bootstrap(sums[counts > 0], counts[counts > 0], resamples=1_000)
+    return stats.bootstrap(sums[counts > 0], counts[counts > 0], level=level, resamples=1_000)
 
 
 def _known(score: Tensor) -> float | None:

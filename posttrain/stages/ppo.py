@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from posttrain.data.tokens import Examples
 from posttrain.errors import ConfigError
 from posttrain.rollout import Sampling
 from posttrain.stages.base import Loss, Stage
+from posttrain.stages.controls import Controls, with_last
 from posttrain.stages.experience import Experience, collect
 from posttrain.stages.policy_gradient import (
     clipped_surrogate,
@@ -48,42 +49,10 @@ if TYPE_CHECKING:
     from posttrain.models.networks import Networks
     from posttrain.stages.base import Supply
 
-T = TypeVar("T")
-
 HELD_OUT = 2**32 - 1
 """The number of no iteration."""
 
 __all__ = ["PPO", "clipped_surrogate", "gae", "group_advantages", "leave_one_out_advantages", "shaped_rewards"]
-
-
-@dataclass
-class Controls:
-    """What goes on from one iteration to the next. rewards: count, mean and sum of squared deviations of all so far."""
-
-    beta: float
-    iteration: int = 0
-    rewards: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-
-    def normalised(self, scores: Tensor) -> Tensor:
-        """Scores [B] less the mean and over the deviation of all so far, these included (Welford's sums); NaN stays."""
-        known = scores[~scores.isnan()]
-        count, mean, squares = self.rewards
-        for value in known.tolist():
-            count, before = count + 1, mean
-            mean += (value - mean) / count
-            squares += (value - before) * (value - mean)
-        self.rewards[:] = count, mean, squares
-        return (scores - mean) / ((squares / max(count - 1, 1)) ** 0.5 + 1e-8)
-
-
-def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each with whether it is the last, known once the next has been asked for."""
-    found = iter(items)
-    for item in found:
-        for after in found:
-            yield item, False
-            item = after
-        yield item, True
 
 
 @dataclass
@@ -227,7 +196,7 @@ class PPO(Stage):
             experience = collect(networks, supply, self, prompts, sampling)
             scores = self.shaped_scores(experience, controls)
             self.add_advantages(experience, scores, controls.beta, warming=iteration < self.critic_warmup)
-            told, shown = experience.metrics(controls.beta), experience.rollouts(controls.iteration)
+            told, shown = experience.metrics(controls.beta, supply.level), experience.rollouts(controls.iteration)
             controls = replace(controls, iteration=iteration + 1, beta=self.adapted(controls.beta, experience.kl))
             minibatches = self.minibatches_of(experience, supply.packing.layout, supply.seed, iteration)
             rank, world = supply.runtime.rank, supply.runtime.world

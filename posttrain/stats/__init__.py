@@ -10,7 +10,7 @@ from posttrain.stats.calibration_error import CalibrationError
 from posttrain.stats.compare import paired_difference
 from posttrain.stats.differences import PairedDifference
 from posttrain.stats.estimate import Estimate
-from posttrain.stats.intervals import clustered_wilson, wald, wilson
+from posttrain.stats.intervals import accuracy, clustered_wilson, wald, wilson
 from posttrain.stats.ratios import bits_per_byte, bits_per_char, bits_per_token, bootstrap, nll, perplexity
 from posttrain.stats.records import LOWER_IS_BETTER, NEITHER, paired, summarise
 from posttrain.stats.reliability import ReliabilityBin, reliability
@@ -27,6 +27,7 @@ __all__ = [
     "PairedDifference",
     "ReliabilityBin",
     "Temperature",
+    "accuracy",
     "bin_edges",
     "bin_index",
     "bin_sums",

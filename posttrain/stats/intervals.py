@@ -7,6 +7,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from posttrain.stats.estimate import Estimate, Number, nothing
+from posttrain.stats.identity import as_ids, cluster_sums
 from posttrain.stats.inputs import Array, check_level
 
 FEW = 30  # below this many examples the percentile bootstrap is too narrow: Student's t takes its place
@@ -79,6 +80,17 @@ def clustered_wilson(successes: Any, n: Any, level: float = 0.95) -> Estimate:
     few = 2 <= clusters < FEW
     low, high = wilson_bounds(p, n_eff, t_quantile(level, clusters - 1) if few else z_quantile(level))
     return Estimate(p, low, high, se, int(total), clusters, "clustered wilson" + (", t, few examples" if few else ""))
+
+
+def accuracy(right: Any, clusters: Any, level: float = 0.95) -> Estimate:
+    """Share of right answers [D], 1 or 0 and NaN where none was asked for; rows of one cluster [D] are one observation."""
+    hits = np.asarray(right, np.float64)
+    known = ~np.isnan(hits)
+    if not known.any():
+        return nothing("clustered wilson")
+    columns = {"hits": hits[known], "items": np.ones(int(known.sum()))}
+    sums = cluster_sums(columns, as_ids("clusters", clusters, len(hits))[known])
+    return clustered_wilson(sums["hits"], sums["items"], level)
 
 
 def linearised_se(influence: Array) -> Number:

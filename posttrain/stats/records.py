@@ -14,6 +14,7 @@ Columns, fp64, one row an example (a document, or one window of it):
 A score appears where its columns do. All scores of a call come from the same resamples.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,13 @@ def paired(
     seed: int = 0,
     bins: int = 15,
     names: tuple[str, str] = ("A", "B"),
+    lower_is_better: Collection[str] = LOWER_IS_BETTER,
 ) -> dict[str, PairedDifference]:
     """A minus B on the same examples, joined by id: nll, perplexity, bits_per_byte, token_accuracy, brier, ece, and
     every further column that both have (accuracy, pair_accuracy, reward, ...).
 
     The same resamples serve both sides and all scores. ValueError, saying what differs, for sets of ids or clusters
-    that are not the same. Clusters may be given for one side alone.
+    that are not the same. Clusters may be given for one side alone. lower_is_better: names of scores.
     """
     check_level(level), check_resamples(resamples)
     ids_a, ids_b = as_ids("ids_a", ids_a, length(columns_a)), as_ids("ids_b", ids_b, length(columns_b))
@@ -121,7 +123,7 @@ def paired(
     compared = [name for name in shared if name in COMPARED or name not in RATIOS]
     if all(has_bins(rows) for rows in both):
         compared.append("ece")
-    return {name: _compare(name, both, drawn, level, names) for name in compared}
+    return {name: _compare(name, both, drawn, level, names, name in lower_is_better) for name in compared}
 
 
 def _estimate(name: str, rows: Columns, drawn: Columns, level: float) -> Estimate:
@@ -155,7 +157,7 @@ def _temperature(rows: Columns, level: float, resamples: int, seed: int) -> dict
 
 
 def _compare(
-    name: str, both: list[Columns], drawn: list[Columns], level: float, names: tuple[str, str]
+    name: str, both: list[Columns], drawn: list[Columns], level: float, names: tuple[str, str], lower: bool
 ) -> PairedDifference:
     score_a, score_b = (score_of(name, rows, draws) for rows, draws in zip(both, drawn, strict=True))
     if name == "ece":
@@ -163,7 +165,6 @@ def _compare(
     else:
         above, below, _ = available(both[0])[name]
         items_a, items_b = ((rows[above], rows[below]) for rows in both)
-    lower = name in LOWER_IS_BETTER
     return difference(score_a, score_b, items_a, items_b, level=level, name=name, names=names, lower_is_better=lower)
 
 

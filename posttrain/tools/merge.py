@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
 
+from posttrain.calibration import FILE
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.lineage import lineage, resolve_path
@@ -35,6 +37,8 @@ def merge(argv: list[str]) -> None:
     with writing(out, "give another OUT"), whole_directory(out, out.with_name(f".{out.name}.tmp")) as scratch:
         merged.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        if (fitted := Path(resolve_path(options.model)) / FILE).is_file():  # it computes the same
+            shutil.copyfile(fitted, scratch / FILE)
         with torch.no_grad():
             after = load_saved(str(scratch))[0](probe).logits
         worst = float((before.float() - after.float()).abs().max())

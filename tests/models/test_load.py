@@ -30,6 +30,7 @@ def given(path: str, **settings: Any) -> ModelConfig:
         "tokenizer": None, "revision": None, "gguf_file": None, "init": "config", "config": {}, "attention": "auto",
         "dtype": "auto", "rope_scaling": None, "dropout": "none", "chat_template": None, "reference": None, "reward": None,
         "critic": None,
+        "frozen_device": "device",
         "trust_remote_code": False,
     }  # fmt: skip
     return ModelConfig(path=path, **{**defaults, **settings})

@@ -21,9 +21,9 @@ from posttrain.errors import DataError, UserError
 from posttrain.models.embedded import DIRECTORY
 from posttrain.models.logprobs import LogitTransform
 from posttrain.models.token_logprobs import token_kl
+from posttrain.stages.controls import Controls
 from posttrain.stages.experience import Experience
 from posttrain.stages.ppo import PPO as PPO_STAGE
-from posttrain.stages.ppo import Controls
 from posttrain.tools.evaluate import evaluate
 
 Run = Callable[..., Any]
@@ -326,3 +326,18 @@ def test_eval_samples_too_and_measures_the_way_from_a_reference(run: Run) -> Non
         assert again[name]["value"] == pytest.approx(trained.metrics[name]["value"], abs=1e-5), name
     assert trained.metrics["kl"]["value"] > 0.1
     assert "kl" not in scores("run.dir=t")
+
+
+def test_without_a_reference_there_is_no_kl_to_tell(run: Run) -> None:
+    run(*PPO, "stage.beta=0", "run.dir=r")
+    assert all("kl" not in line for line in lines("r"))
+    rows = [json.loads(line) for line in Path("r/samples.jsonl").read_text().splitlines()]
+    assert {one["kl"] for row in rows for one in row.get("rollouts", ())} == {None}
+
+
+def test_rewards_while_training_have_the_intervals_asked_for(run: Run) -> None:
+    for level in (0.5, 0.95):
+        run(*PPO, f"eval.confidence_level={level}", "train.steps=2", f"run.dir=r{level}")
+    narrow, wide = (lines(f"r{level}")[0]["reward"] for level in (0.5, 0.95))
+    assert narrow["value"] == wide["value"]
+    assert narrow["high"] - narrow["low"] < 0.6 * (wide["high"] - wide["low"])

@@ -15,6 +15,7 @@ from posttrain.data.batches import collate
 from posttrain.data.group import Group
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ConfigError, DataError
+from posttrain.stages.base import Asked
 from posttrain.stages.dpo import DPO, dpo_loss
 from posttrain.stages.gpro import GPRO, dual_loss, normalize, weighted_loss, weights
 from posttrain.stages.preferences import extremes, matrix, pair_records, pairs_in
@@ -106,7 +107,7 @@ def test_pair_records_give_the_vector() -> None:
     """Margins [2, .5, -.3, 1.2, 0, -1.5, 3, .8, .1, -.2]: accuracy .65, nll .597543, folded ece .231409 (5 bins)."""
     margins = torch.tensor([2, 0.5, -0.3, 1.2, 0, -1.5, 3, 0.8, 0.1, -0.2]).double()
     batch = batch_of(*(group(str(i), rewards=[1.0, 0.0]) for i in range(10)))
-    records = pair_records(margins, pairs_in(batch), batch, 5)
+    records = pair_records(margins, pairs_in(batch), batch, Asked(5))
     found = summarise(records, batch.ids, bins=5, resamples=200)
     assert found["pair_accuracy"].value == pytest.approx(0.65)
     assert found["nll"].value == pytest.approx(0.597543, abs=1e-6)
@@ -119,7 +120,7 @@ def test_pair_records_give_the_vector() -> None:
 
 def test_all_tied_pairs_have_no_temperature() -> None:
     batch = batch_of(*(group(str(i), rewards=[1.0, 0.0]) for i in range(4)))
-    found = summarise(pair_records(torch.zeros(4), pairs_in(batch), batch, 5), batch.ids, bins=5, resamples=200)
+    found = summarise(pair_records(torch.zeros(4), pairs_in(batch), batch, Asked(5)), batch.ids, bins=5, resamples=200)
     assert found["pair_accuracy"].value == 0.5
     assert found["temperature"].value is None
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+from torchmetrics.functional.classification import binary_calibration_error
 
 from posttrain import stats
 
@@ -125,6 +127,19 @@ def test_ece_mce_and_brier_are_their_definitions(items: list[tuple[int, int]], b
     assert stats.mce(confidence, correct, bins, resamples=100).value == pytest.approx(max(gaps), abs=1e-12)
     squares = [(p - c) ** 2 for p, c in zip(confidence, correct, strict=True)]
     assert stats.brier(confidence, correct, resamples=100).value == pytest.approx(sum(squares) / len(squares))
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([1, 4, 10, 15, 20]), st.floats(0.3, 3))
+def test_ece_and_mce_are_those_of_torchmetrics(seed: int, size: int, bins: int, sharpness: float) -> None:
+    """Its fp32 edges are off by a rounding, so confidences keep away from them."""
+    rng = np.random.default_rng(seed)
+    confidence = (rng.integers(0, bins, size) + rng.uniform(0.01, 0.99, size)) / bins
+    correct = rng.random(size) < confidence**sharpness
+    given_to = torch.tensor(confidence), torch.tensor(correct)
+    expected = {norm: float(binary_calibration_error(*given_to, n_bins=bins, norm=norm)) for norm in ("l1", "max")}
+    assert stats.ece(confidence, correct, bins, resamples=100).value == pytest.approx(expected["l1"], abs=1e-6)
+    assert stats.mce(confidence, correct, bins, resamples=100).value == pytest.approx(expected["max"], abs=1e-6)
 
 
 @QUICK
