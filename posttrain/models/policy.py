@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from posttrain.data.batches import Batch
 from posttrain.errors import ModelError
 from posttrain.models.decoder import Decoder, text_config
-from posttrain.models.logprobs import LogitTransform, TokenStatistics, token_statistics, weighted_nll
+from posttrain.models.logprobs import LogitTransform, weighted_nll
 from posttrain.models.router import Router
 from posttrain.models.token_logprobs import token_entropies, token_kl, token_logprobs
+from posttrain.models.token_statistics import TokenStatistics, token_statistics
 
 
 @dataclass

@@ -20,8 +20,8 @@ from posttrain.stats import bin_edges
 
 if TYPE_CHECKING:
     from posttrain.data.batches import Batch
-    from posttrain.models.logprobs import TokenStatistics
     from posttrain.models.networks import Networks
+    from posttrain.models.token_statistics import TokenStatistics
 
 
 @dataclass

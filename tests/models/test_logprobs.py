@@ -6,8 +6,9 @@ from torch import nn
 
 from posttrain.models import logprobs
 from posttrain.models import token_logprobs as token_logprobs_module
-from posttrain.models.logprobs import LogitTransform, token_statistics, weighted_nll
+from posttrain.models.logprobs import LogitTransform, weighted_nll
 from posttrain.models.token_logprobs import token_logprobs
+from posttrain.models.token_statistics import token_statistics
 
 N, H, V = 37, 8, 50
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.0625), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)]

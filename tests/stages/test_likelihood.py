@@ -9,7 +9,7 @@ import torch
 from posttrain.data.batches import Batch, collate
 from posttrain.data.group import Group
 from posttrain.data.tokens import TokenGroup
-from posttrain.models.logprobs import TokenStatistics
+from posttrain.models.token_statistics import TokenStatistics
 from posttrain.stages.base import find, names
 from posttrain.stages.likelihood import token_records
 from posttrain.stages.pretrain import Pretrain
