@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.examples import FILE as EXAMPLES
 from posttrain.examples import read_described
 from posttrain.records import Records, read_lower_is_better, read_records
 from posttrain.report.sinks import read_metrics
@@ -76,7 +77,8 @@ def open_side(given: str, name: str | None = None) -> Side:
         raise ConfigError(f"{path / 'config.json'} is no run's of posttrain; give the directory of a run")
     return Side(
         name or path.name, path, chosen, config, ids, clusters, records, line[1] if line else {},
-        _read(path / "eval", _questions), _read(path, lambda run: _answers(run, chosen)),
+        _read(path / "eval" / EXAMPLES, lambda file: _questions(file.parent)),
+        _read(path / "samples.jsonl", lambda file: _answers(file, chosen)),
         environment.get("data_fingerprint"), harness, environment.get("harness") or {},
     )  # fmt: skip
 
@@ -118,9 +120,9 @@ def _questions(folder: Path) -> dict[str, str]:
 
 def _answers(path: Path, step: int) -> dict[str, dict[str, Any]]:
     """What was answered in this evaluation: the file has the first one's answers and the last one's."""
-    if not (path / "samples.jsonl").is_file():
+    if not path.is_file():
         return {}
-    lines = [json.loads(line) for line in (path / "samples.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     found = {}
     for line in lines:
         after, before = line.get("after"), line.get("before")
