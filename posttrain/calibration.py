@@ -31,9 +31,8 @@ def write_temperature(directory: Path, found: Evaluation, of: str, fingerprint: 
     """temperature.json, where a temperature was fitted. of: "tokens" or "pairs", whose confidence it corrects."""
     if usable(found.metrics) is None:
         return
-    plain = {
-        name: _plain(found.metrics[name]) for name in ("temperature", "ece", "ece_calibrated") if name in found.metrics
-    }
+    told = [name for name in ("temperature", "ece_uncalibrated", "ece_calibrated") if name in found.metrics]
+    plain = {name: _plain(found.metrics[name]) for name in told}
     fitted = found.metrics["temperature"]
     losses = {n: _plain(v) for n in ("nll_before", "nll_after") if (v := getattr(fitted, n, None)) is not None}
     write_json(directory / FILE, {**plain, **losses, "of": of, "data_fingerprint": fingerprint})

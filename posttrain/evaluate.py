@@ -98,14 +98,19 @@ class Evaluator:
         return self.runtime.gather(parts)
 
     def _add_calibrated(self, found: Evaluation, parts: list[Any]) -> None:
-        """The bins at the fitted temperature, and their calibration error on the documents that it was not fitted to."""
+        """The bins at the fitted temperature, and the calibration error of the documents that it was not fitted to, before and
+        after."""
         order = np.argsort(np.array([i for part in parts for i in part[0]]), kind="stable")
         others = stats.held_out(found.clusters, self.seed)[:, None]  # [D, 1]: the half that it was not fitted to
         found.calibrated = {n: np.concatenate([part[2][n] for part in parts])[order] * others for n in CALIBRATED}
-        found.metrics["ece_calibrated"] = stats.held_out_ece(
-            found.calibrated, found.clusters, level=self.options.confidence_level, resamples=self._resamples(True),
-            seed=self.seed,
-        )  # fmt: skip
+        for name, bins in (("ece_uncalibrated", found.records), ("ece_calibrated", found.calibrated)):
+            found.metrics[name] = stats.held_out_ece(
+                bins,
+                found.clusters,
+                level=self.options.confidence_level,
+                resamples=self._resamples(True),
+                seed=self.seed,
+            )
 
     def _resamples(self, final: bool) -> int:
         return self.options.resamples or (AT_THE_END if final else WHILE_TRAINING)

@@ -104,6 +104,10 @@ def test_the_bins_at_it_are_those_of_the_scaled_logits_on_the_other_half(found: 
     told = evaluation.metrics["ece_calibrated"]
     assert told.n == other.sum()
     assert told.value == pytest.approx(expected.value, abs=1e-5)
+    plain = logits[other]
+    confidence = np.exp(plain - np.logaddexp.reduce(plain, 1, keepdims=True)).max(1)
+    expected = stats.ece(confidence, plain.argmax(1) == labels[other], resamples=300)
+    assert evaluation.metrics["ece_uncalibrated"].value == pytest.approx(expected.value, abs=1e-5)
 
 
 def test_one_token_in_so_many_is_enough(found: Any) -> None:

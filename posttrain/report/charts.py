@@ -51,7 +51,8 @@ def _calibration(run: Recorded, easel: Easel) -> list[Drawing]:
     last = end or start
     if last is not None and (bars := calibration.bars(last, level(run), "calibrated_")):
         metrics = run.last[1] if run.last else {}
-        remark = f"Divided by {_told(metrics, 'temperature')} {_told(metrics, 'ece_calibrated')}".strip()
+        names = ("temperature", "ece_uncalibrated", "ece_calibrated")
+        remark = " ".join(["Divided by", *filter(None, (_told(metrics, name) for name in names))])
         title = "reliability at the fitted temperature, on the examples it was not fitted to"
         found.append(calibration.diagram(easel, title, bars, last.are_pairs, remark))
     return found

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain import stats
 from posttrain.answers import Sample
-from posttrain.calibration import FILE
 from posttrain.evaluate import Evaluation
 from posttrain.models.adapters import parameter_count
 from posttrain.models.export import NO_PADDING, free_pad
@@ -117,9 +116,10 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
             floor = _plain(last, "ece_noise_floor")
             console.line(f"  (a perfectly calibrated model would read ece {interval(floor)} on these examples)")
         if "ece_calibrated" in last.metrics:
-            fitted, error = (interval(_plain(last, name)) for name in ("temperature", "ece_calibrated"))
+            names = ("temperature", "ece_uncalibrated", "ece_calibrated")
+            fitted, before, after = (interval(_plain(last, name)) for name in names)
             console.line(
-                f"  (temperature {fitted}, fitted on one half, brings the other's ece to {error}; model/{FILE})"
+                f"  (temperature {fitted}, fitted on one half; at it the other's ece goes from {before} to {after})"
             )
         _show_samples(session, first.samples, last.samples)
     show_slices(console, summary.slices)
