@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, never half. A directory is written under another name, flushed, and renamed.
 
 `checkpoints/step-000100/` holds model/ (weights or adapter as transformers or peft load them), optimizer.pt, rng.pt (one state a
-rank) and state.json (step, counters, best so far, what each rank has pooled for the log, where a stream of data is).
+rank) and state.json (step, counters, best so far, what each rank has pooled for the log, where a stream of data is). Of weights
+that lie in parts on the ranks, shards/ (shards.py) holds both these and the optimizer, and model/ config and tokenizer alone.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 
 from posttrain.disk import remove, whole_directory, writing
 from posttrain.errors import CheckpointError, UserError
+from posttrain.models.sharding import like
+from posttrain.shards import FOLDER
 
 NAME = re.compile(r"step-(\d{6,})")
-PARTS = ("model", "optimizer.pt", "rng.pt", "state.json")
+WHOLE, IN_PARTS = ("model", "optimizer.pt", "rng.pt", "state.json"), ("model", FOLDER, "rng.pt", "state.json")
 UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, pickle.UnpicklingError,
 )  # fmt: skip
@@ -61,7 +64,7 @@ def complete(root: Path) -> list[Path]:
 
 def is_complete(path: Path) -> bool:
     """Whether this is a checkpoint with all its parts."""
-    return all((path / part).exists() for part in PARTS)
+    return any(all((path / part).exists() for part in parts) for parts in (WHOLE, IN_PARTS))
 
 
 def step_of(path: Path) -> int:
@@ -72,18 +75,40 @@ def step_of(path: Path) -> int:
 def save(
     root: Path,
     state: TrainState,
-    optimizer: torch.optim.Optimizer,
+    moments: dict[str, Any],
     rng: list[dict[str, Any]],
     save_model: Callable[[Path], None],
 ) -> Path:
-    """Write one checkpoint (rank 0 only); rng: every rank's random state."""
+    """Write one checkpoint (rank 0 only). moments: the optimizer's state. rng: every rank's random state."""
     final = root / name_of(state.step)
-    with writing(final), whole_directory(final, root / f".{final.name}.tmp") as scratch:
+    with writing(final), whole_directory(final, scratch_of(root, state.step)) as scratch:
         save_model(scratch / "model")
-        torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
-        torch.save(rng, scratch / "rng.pt")
-        (scratch / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+        torch.save(moments, scratch / "optimizer.pt")
+        _save_rest(scratch, state, rng)
     return final
+
+
+@contextmanager
+def in_parts(
+    root: Path, state: TrainState, rng: list[dict[str, Any]], save_config: Callable[[Path], None]
+) -> Iterator[None]:
+    """Rank 0's side of a checkpoint that every rank puts its part into, within this block, which ends when all have."""
+    final = root / name_of(state.step)
+    with writing(final), whole_directory(final, scratch_of(root, state.step)) as scratch:
+        (scratch / FOLDER).mkdir()
+        save_config(scratch / "model")
+        yield
+        _save_rest(scratch, state, rng)
+
+
+def scratch_of(root: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is one."""
+    return root / f".{name_of(step)}.tmp"
+
+
+def _save_rest(scratch: Path, state: TrainState, rng: list[dict[str, Any]]) -> None:
+    torch.save(rng, scratch / "rng.pt")
+    (scratch / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
 
 
 @contextmanager
@@ -138,6 +163,8 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
             raise CheckpointError(
                 f"{checkpoint} was saved from another model: a trained tensor is {tuple(there.shape)} there, {shape} here"
             )
+    for index, moments in moments_of.items():
+        moments |= {key: like(value, parameters[index]) for key, value in moments.items() if isinstance(value, torch.Tensor)}
     optimizer.load_state_dict(saved)
 
 

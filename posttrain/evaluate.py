@@ -94,7 +94,9 @@ class Evaluator:
         parts = []
         for positions, rows in self.batches:
             batch = gather(self.data, positions, rows, self.packing.layout).to(self.runtime.device)
-            parts.append((batch.ids, batch.clusters, self.stage.score(self.networks, batch, asked)))
+            records = self.stage.score(self.networks, batch, asked)
+            if rows:
+                parts.append((batch.ids, batch.clusters, records))
         return self.runtime.gather(parts)
 
     def _add_calibrated(self, found: Evaluation, parts: list[Any]) -> None:

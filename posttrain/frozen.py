@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from posttrain.companions import is_policy_itself
@@ -22,6 +22,9 @@ def open_frozen(cfg: Config, runtime: Runtime, policy: Any, is_start: bool) -> F
     """policy: the bare one. is_start: it is still the start; else the reference is built again from where the run began."""
     if is_policy_itself(cfg):
         return lambda: _without_adapter(policy)
+    if runtime.shards:  # parts cannot be copied as they are: what the run began with is read once more
+        network = reference_network(cfg, runtime).requires_grad_(False).eval()
+        return lambda: nullcontext(network)
     same = cfg.model.reference is None and is_start
     reference = _copy(policy) if same else reference_network(cfg, runtime)
     return Kept(reference, cfg.model.frozen_device, runtime.device)

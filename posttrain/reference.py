@@ -25,6 +25,7 @@ from posttrain.errors import DataError, ModelError
 from posttrain.models.networks import build_network
 from posttrain.models.others import other_model, told_of
 from posttrain.models.probe import check_forward
+from posttrain.models.sharding import whole
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -122,7 +123,8 @@ class Reference:
         if self.cfg.model.reference is None and start is not None:
             self._policy = start
             return
-        self._policy = reference_network(self.cfg, self.runtime).to(self.runtime.device)
+        found = reference_network(self.cfg, self.runtime)
+        self._policy = found if self.runtime.shards else found.to(self.runtime.device)
         if self.cfg.model.reference is not None:
             with told_of("model.reference"):
                 check_forward(self._policy, self.examples, self.packing.layout, self.runtime.device)
@@ -157,12 +159,15 @@ class Reference:
 
 
 def reference_network(cfg: Config, runtime: Runtime) -> Any:
-    """The model at model.reference, or the one that the run began with."""
+    """The model at model.reference, or the one that the run began with; on the CPU, or in parts on the ranks."""
     model, adapter, given = cfg.model, cfg.adapter, cfg.model.reference
     if given is not None:
         model, adapter = other_model(model, given), replace(adapter, name="none", path=None)
     with told_of("model.reference") if given is not None else nullcontext():
-        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed)[0]
+        quantized = adapter.name == "qlora"
+        shape_only = not runtime.reads_weights(quantized)
+        network = build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, shape_only=shape_only)[0]
+    return runtime.place(network, quantized) if runtime.shards else network
 
 
 @torch.no_grad()
@@ -217,5 +222,5 @@ def weights_digest(policy: Any) -> str:
     for name, tensor in sorted(policy.state_dict().items()):
         found.update(f"{name} {getattr(tensor, 'dtype', '')} {tuple(getattr(tensor, 'shape', ()))}".encode())
         if isinstance(tensor, torch.Tensor) and tensor.numel():
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            found.update(whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

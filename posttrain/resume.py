@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from posttrain.models.load import load_config
 from posttrain.models.networks import CRITIC
 from posttrain.rundir import RECORD, RunDir
 from posttrain.runtime import Runtime, seed_everything, set_rng_state
+from posttrain.shards import FOLDER, read_shards
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
@@ -44,8 +45,9 @@ def resumed(cfg: Config, run: RunDir) -> tuple[ModelConfig, AdapterConfig]:
         _check_adapter(cfg, saved)
         return replace(cfg.model, critic=critic), replace(cfg.adapter, path=str(saved))
     # what model.config and rope_scaling changed stands in the checkpoint's config already: not once more
+    init: Literal["weights", "config"] = "config" if in_parts(run.checkpoint) else "weights"  # these are read by `restore`
     model = replace(
-        cfg.model, path=str(saved), tokenizer=cfg.model.tokenizer or cfg.model.path, init="weights", gguf_file=None,
+        cfg.model, path=str(saved), tokenizer=cfg.model.tokenizer or cfg.model.path, init=init, gguf_file=None,
         revision=None, config={}, rope_scaling=None, critic=critic,
     )  # fmt: skip
     pad = load_config(cfg.model).pad_token_id
@@ -68,12 +70,24 @@ def loading(run: RunDir) -> Iterator[None]:
         raise CheckpointError(f"{error}. If it is damaged, {way_out(run.checkpoint)}") from error
 
 
-def restore(run: RunDir, optimizer: torch.optim.Optimizer, runtime: Runtime, seed: int) -> TrainState:
-    """Optimizer, random states and counters of the checkpoint; a fresh state where there is none."""
+def in_parts(checkpoint: Path) -> bool:
+    """Whether it holds weights and optimizer in parts."""
+    return (checkpoint / FOLDER).is_dir()
+
+
+def restore(
+    run: RunDir, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, runtime: Runtime, seed: int
+) -> TrainState:
+    """Optimizer, random states and counters of the checkpoint, and the weights where they are in parts; a fresh state where
+    there is none."""
     seed_everything(seed, runtime.rank)
     if run.checkpoint is None:
         return TrainState()
-    load_optimizer(run.checkpoint, optimizer)
+    if in_parts(run.checkpoint):
+        with reading(run.checkpoint, FOLDER):
+            read_shards(run.checkpoint / FOLDER, policy, optimizer)
+    else:
+        load_optimizer(run.checkpoint, optimizer)
     rng = load_rng(run.checkpoint, runtime.rank)
     if rng is not None:
         with reading(run.checkpoint, "rng.pt"):

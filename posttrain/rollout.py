@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from posttrain.models.policy import Policy
 from posttrain.models.rope import position_limit
+from posttrain.models.sharding import gathered
 from posttrain.sampling import Sampling, kept_ids, pick, uniforms
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def generate(
     sampling, keys = sampling or Sampling(), range(len(prompts)) if keys is None else keys
     answers: list[list[Generation]] = [[] for _ in prompts]
     limit = position_limit(policy.network.config)  # an answer ends where the positions do
-    with _evaluating(policy):
+    with gathered(policy), _evaluating(policy):
         ours = attends(policy, device)
         write = (_Writer if ours else _Library)(policy, ends, pad, sampling, device)
         for part in _buckets(prompts, max_new_tokens, batch_tokens, samples, padded=ours):

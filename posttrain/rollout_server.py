@@ -22,6 +22,7 @@ from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, TrainingError
 from posttrain.models.export import save_model
 from posttrain.rollout import Generation, Request
+from posttrain.saving import collected
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
@@ -43,12 +44,13 @@ class VLLMServer:
     def update(self, networks: Networks) -> None:
         """The server takes on the policy's weights as they are; rank 0 writes and asks, the others wait."""
         adapter = networks.module.model is not networks.module.network
+        weights = collected(networks, self.runtime.is_main)
         if self.runtime.is_main:
             with (
                 writing(self.directory),
                 whole_directory(self.directory, self.directory.with_suffix(".tmp")) as scratch,
             ):
-                save_model(networks, scratch, self.ends, critic=False)
+                save_model(networks, scratch, self.ends, critic=False, state=weights)
             path = str(self.directory.resolve())
             if adapter:
                 self._post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": path, "load_inplace": True})

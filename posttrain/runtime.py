@@ -9,7 +9,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging as transformers_logging
 
 from posttrain.alarm import Alarm
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, tell_here
+from posttrain.models.sharding import shard, whole
+
+if TYPE_CHECKING:
+    from posttrain.config import Config
 
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -31,9 +36,10 @@ class Runtime:
     """One per process. `precision` and `distribution` are the names of those config groups.
 
     computes: False where only data is read, so that what precision the launcher or the environment names plays no part.
+    offload: distribution.cpu_offload.
     """
 
-    def __init__(self, precision: str, distribution: str, computes: bool = True) -> None:
+    def __init__(self, precision: str, distribution: str, computes: bool = True, offload: bool = False) -> None:
         _check_launcher(precision if computes else None, distribution)
         transformers_logging.set_verbosity_error()  # what matters of its warnings is checked, and said by us
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -41,6 +47,10 @@ class Runtime:
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # rank 0 may prepare data for long
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
+        self.shards, self.offload = distribution == "fsdp", offload
+        if self.shards:
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # agreed with; what is sharded, and how, is decided here
+            _join()
         AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
         self.accelerator = Accelerator(
             mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
@@ -56,16 +66,32 @@ class Runtime:
 
     def describe(self) -> str:
         """Device, precision and world size in one line."""
-        processes = "1 process" if self.world == 1 else f"{self.world} processes (DDP)"
+        kind = "FSDP" if self.shards else "DDP"
+        processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind})"
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {self.precision}, {processes}"
         return f"CPU ({torch.get_num_threads()} threads), {self.precision}, {processes}"
 
+    def reads_weights(self, quantized: bool) -> bool:
+        """Whether this rank reads a network's weights itself. Where they will lie in parts rank 0 alone does, and the others
+        make the shape: else a machine would hold them once a GPU. What is quantised as it is read, all read."""
+        return not self.shards or self.is_main or quantized
+
+    def place(self, network: Any, quantized: bool = False) -> Any:
+        """The network on the device, or each rank's part of it."""
+        if not self.shards:
+            return network.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        shard(network, mesh, self.compute_dtype, self.offload, full=quantized or self.world == 1)
+        return network
+
     def wrap(self, module: nn.Module, find_unused: bool = False) -> nn.Module:
-        """On the device, under autocast where precision says so, gradients synchronised over ranks.
+        """What was placed, under autocast where precision says so, gradients synchronised over ranks.
 
         find_unused: a forward may leave parameters without a gradient (experts that no token was sent to).
         """
+        if self.shards:
+            return module
         self.accelerator.ddp_handler.find_unused_parameters = find_unused
         wrapped: nn.Module = self.accelerator.prepare(module)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
@@ -84,8 +110,9 @@ class Runtime:
                 yield
 
     def sync_only(self, last: bool, module: nn.Module) -> Any:
-        """Gradients are reduced in the last micro-batch's backward only."""
-        return nullcontext() if last else self.accelerator.no_sync(module)
+        """Gradients are reduced in the last micro-batch's backward only; but where they lie in parts in each, for a rank has no
+        room to gather them whole."""
+        return nullcontext() if last or self.shards else self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -94,7 +121,7 @@ class Runtime:
         """Rescale to max_norm; returns the global norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
         assert isinstance(norm, Tensor)
-        return norm
+        return whole(norm)
 
     def global_sum(self, values: dict[str, float]) -> dict[str, float]:
         """Sum over ranks, in fp64; every rank must give the same keys."""
@@ -196,6 +223,28 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+LAUNCHED_AS = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
+"""What a launcher says of the distribution, and the one that agrees with it."""
+
+
+def open_runtime(cfg: Config) -> Runtime:
+    """The runtime of a config that computes."""
+    return Runtime(cfg.precision.name, cfg.distribution.name, offload=cfg.distribution.cpu_offload)
+
+
+def _join() -> None:
+    """A process group, in which one process alone may shard, and which reduces in host memory too."""
+    if torch.distributed.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit = timedelta(hours=2)
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=limit)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+
+
 def _check_launcher(precision: str | None, distribution: str) -> None:
     """What the launcher or the environment says must not contradict the config."""
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -205,6 +254,8 @@ def _check_launcher(precision: str | None, distribution: str) -> None:
             f"unset it (or its accelerate config), or set precision={said}"
         )
     for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if distribution == LAUNCHED_AS.get(flag):
+            continue
         if os.environ.get(flag, "false").lower() in ("true", "1"):
             raise ConfigError(
                 f"distribution={distribution}, but the launcher set {flag}; use an accelerate config without it"

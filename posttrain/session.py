@@ -33,6 +33,7 @@ from posttrain.models.others import told_of
 from posttrain.models.policy import ValueModel
 from posttrain.models.probe import probe_positions, sliding_window
 from posttrain.models.rope import check_rope, position_limit
+from posttrain.models.sharding import reshard
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
 from posttrain.resume import loading, restore, resumed
@@ -115,7 +116,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     check_fits(cfg, policy, tokenizer)
     lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
     check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
-    policy.to(runtime.device)
+    runtime.place(policy, quantized=adapter.name == "qlora")
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
     probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
@@ -124,8 +125,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
         with told_of("model.critic"):
             loader.packing = probe_critic(cfg, critic, prepared, examples, loader.packing, runtime)
     prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
+    reshard(policy)  # the probes' weights are whole still; the optimizer's are each rank's part
     optimizer = build_optimizer(policy, cfg.optim)
-    state = restore(run, optimizer, runtime, cfg.train.seed)
+    state = restore(run, policy, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
     state.reference, found = reference.attach(
         cfg, runtime, prepared, loader.packing, state.reference, start, probed, console.line
@@ -287,4 +289,5 @@ def open_network(
     critic: bool = False,
 ) -> tuple[Any, str]:
     """The network and its adapter's line."""
-    return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head, critic)
+    shape_only = not runtime.reads_weights(quantized=adapter.name == "qlora")
+    return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head, critic, shape_only)

@@ -27,7 +27,8 @@ from posttrain.report.live import LivePage
 from posttrain.report.logbook import Logbook
 from posttrain.report.numbers import interval
 from posttrain.rundir import create
-from posttrain.runtime import Runtime, rng_state
+from posttrain.runtime import open_runtime, rng_state
+from posttrain.saving import collected, save_checkpoint
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
 from posttrain.slices import sliced
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 def train(cfg: Config) -> Summary:
     """The whole run of a config: returns its Summary, written to summary.json too."""
-    runtime = Runtime(cfg.precision.name, cfg.distribution.name)
+    runtime = open_runtime(cfg)
     console = Console(runtime.is_main)
     config = cfg.as_dict()
     with runtime.together(), open_directory(cfg, config, runtime) as run:
@@ -292,8 +293,11 @@ class Trainer:
         rng, state.pooled = self.runtime.gather([rng_state()]), self.runtime.gather([self.meter.state()])
         if self.runtime.is_main:
             self.logbook.flush()
-            save = lambda path: save_model(self.session.networks, path, self.session.ends)  # noqa: E731
-            checkpoint.save(run.checkpoints, state, self.session.optimizer, rng, save)
+        session = self.session
+        save_checkpoint(
+            run.checkpoints, state, session.networks, session.optimizer, rng, session.ends, self.runtime
+        )
+        if self.runtime.is_main:
             checkpoint.rotate(run.checkpoints, self.cfg.train.keep_checkpoints, state.best_step)
         self.runtime.barrier()
 
@@ -314,9 +318,10 @@ class Trainer:
             peak_memory_bytes=self.runtime.peak_memory_bytes(),
             stopped_early=state.step < session.steps,
         )
+        weights = collected(session.networks, self.runtime.is_main)
         if self.runtime.is_main:
             with writing(run.model), whole_directory(run.model, run.path / ".model.tmp") as scratch:
-                save_model(session.networks, scratch, session.ends, session.networks.source_dtype)
+                save_model(session.networks, scratch, session.ends, session.networks.source_dtype, state=weights)
                 if (fitted := run.path / "eval" / FILE).is_file():
                     shutil.copyfile(fitted, scratch / FILE)
             summary.compare(self.start, evaluation, self.cfg.eval, self.cfg.train.seed)

@@ -155,9 +155,12 @@ class EvalConfig:
 
 @dataclass
 class DistributionConfig:
-    """`name` is the choice distribution=single|ddp."""
+    """How ranks share the work; `name` is the choice distribution=single|ddp|fsdp|deepspeed."""
 
-    name: Literal["single", "ddp"]
+    name: Literal["single", "ddp", "fsdp", "deepspeed"]
+    cpu_offload: bool
+    zero_stage: int = field(metadata={"min": 2, "max": 3})
+    connect_seconds: float = field(metadata={"above": 0})
 
 
 @dataclass

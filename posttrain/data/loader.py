@@ -157,16 +157,15 @@ def compose(
     micro_batches = []
     widths, heights = (of(packing.layout)[positions] for of in (data.widths, data.heights))
     for rows in packing.plan(widths, world, heights)[rank::world]:
-        if rows:
-            micro_batches.append(gather(data, positions, rows, packing.layout))
-        else:  # keeps this rank in step with the others: any example, counted with weight 0
-            micro_batches.append(collate(data.groups(positions[:1]), [[0]], packing.layout).empty())
+        batch = gather(data, positions, rows, packing.layout)
+        micro_batches.append(batch if rows else batch.empty())
     tokens, trained = data.processed(packing.layout)[positions].sum(), data.trained[positions].sum()
     return Step(number, int(tokens), int(trained), micro_batches)
 
 
 def gather(data: TokenDataset | Examples, positions: np.ndarray, rows: Rows, layout: str) -> Batch:
-    """Read the rows' Groups and make their tensors."""
+    """Read the rows' Groups and make their tensors; of no rows any example, which keeps a rank in step with the others."""
+    rows = rows or [[0]]
     used = [i for row in rows for i in row]
     local = {i: n for n, i in enumerate(used)}
     groups = data.groups(positions[used])
@@ -176,9 +175,11 @@ def gather(data: TokenDataset | Examples, positions: np.ndarray, rows: Rows, lay
 def evaluation_batches(
     data: TokenDataset | Examples, packing: Packing, rank: int = 0, world: int = 1
 ) -> list[tuple[np.ndarray, Rows]]:
-    """This rank's evaluation batches, composed once and the same for any number of ranks."""
+    """This rank's evaluation batches, composed once and the same for any number of ranks. All ranks have equally many, for
+    sharded weights are gathered by all together: one that has none left gets one of no rows, whose numbers count for nothing."""
     if not len(data):
         return []
     positions = np.arange(len(data))
     plan = packing.plan(data.widths(packing.layout), heights=data.heights(packing.layout))
+    plan += [[] for _ in range(-len(plan) % world)]
     return [(positions, rows) for rows in plan[rank::world]]

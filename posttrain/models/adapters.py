@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -150,6 +150,9 @@ def _load(model: PreTrainedModel, path: str) -> PeftModel:
     if not (Path(path).expanduser() / "adapter_config.json").is_file():
         raise ModelError(f"adapter.path={path} holds no adapter_config.json; give a directory that peft saved")
     try:
+        if model.device.type == "meta":  # its shape alone: the weights come from rank 0
+            config = PeftConfig.from_pretrained(str(Path(path).expanduser()), inference_mode=False)
+            return get_peft_model(model, config)  # type: ignore[return-value]
         return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

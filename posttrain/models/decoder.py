@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ class Decoder(nn.Module):
         self.accepts_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.routers = Routers(self.backbone)
         self.is_mixture = bool(self.routers)
+        self.gathered_in: torch.dtype | None = None  # where its weights lie in parts on the ranks (sharding.py)
 
     @property
     def network(self) -> PreTrainedModel:
@@ -44,6 +46,20 @@ class Decoder(nn.Module):
                 f"the {network.config.model_type} architecture has no separate decoder below its output layer"
             )
         return below
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The dtype of its weights in a forward pass without autocast."""
+        return self.gathered_in or next(self.backbone.parameters()).dtype
+
+    def read(self, batch: Batch) -> Tensor:
+        """`hidden`, asked from outside of a forward pass."""
+        return self.hidden(batch)
+
+    def own_logits(self, input_ids: Tensor) -> Tensor:
+        """The model's own logits of rows that need no padding: [R, L, V], or [R, 1] scores."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
 
     def states(self, batch: Batch, router: bool = False) -> tuple[Tensor, Router | None]:
         """The last states [R, L, H]; with `router` also a mixture's load balance, None where it is no mixture."""

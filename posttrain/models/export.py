@@ -16,47 +16,79 @@ from posttrain.models.reward import POOLING_KEY, RewardModel
 
 
 def save_model(
-    networks: Networks, directory: Path, ends: set[int], dtype: torch.dtype | None = None, critic: bool = True
+    networks: Networks,
+    directory: Path,
+    ends: set[int],
+    dtype: torch.dtype | None = None,
+    critic: bool = True,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Weights (or adapter), config, generation_config, tokenizer, and a policy's critic.
 
     ends: what generation must stop at; saved in generation_config, beside what was there. dtype: of the saved weights;
-    None keeps them exactly as they are trained.
+    None keeps them exactly as they are trained. state: the module's tensors, where its own lie in parts on the ranks.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    network: Any = networks.module.network
-    tokenizer = networks.tokenizer
-    if isinstance(networks.module, RewardModel):
-        tokenizer = set_padding(network, tokenizer, ends)
-    else:
-        _set_generation_config(network, tokenizer, ends)
+    network, tokenizer = _prepared(networks, directory, ends)
+    given = _below(state, "model.")
     if networks.module.model is not network:
-        networks.module.model.save_pretrained(directory, save_embedding_layers=False)
+        said = {} if given is None else {"state_dict": given}
+        networks.module.model.save_pretrained(directory, save_embedding_layers=False, **said)
         if network.can_generate():
             network.generation_config.save_pretrained(directory)
         else:  # peft keeps no config, and transformers would take one for a whole model's
             how = {POOLING_KEY: networks.module.pooling}
             (directory / "posttrain.json").write_text(json.dumps(how) + "\n", encoding="utf-8")
     elif dtype is None or dtype == network.dtype:
-        network.save_pretrained(directory)
+        network.save_pretrained(directory, state_dict=given)
     else:
-        state = {name: _cast(tensor, dtype) for name, tensor in network.state_dict().items()}
+        weights = network.state_dict() if given is None else given
+        cast = {name: _cast(tensor, dtype) for name, tensor in weights.items()}
         trained_in, network.config.dtype = network.config.dtype, dtype
-        network.save_pretrained(directory, state_dict=state)
+        network.save_pretrained(directory, state_dict=cast)
         network.config.dtype = trained_in
         _write_dtype(directory, dtype)
     tokenizer.save_pretrained(directory)
     if critic:
-        _save_critic(getattr(networks.module, "critic", None), tokenizer, directory / CRITIC)
+        _save_critic(getattr(networks.module, "critic", None), tokenizer, directory / CRITIC, _below(state, "critic."))
 
 
-def _save_critic(critic: Any, tokenizer: Any, directory: Path) -> None:
+def save_config(networks: Networks, directory: Path, ends: set[int]) -> None:
+    """What save_model saves but the weights, which are elsewhere."""
+    network, tokenizer = _prepared(networks, directory, ends)
+    network.config.save_pretrained(directory)
+    if network.can_generate():
+        network.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    critic = getattr(networks.module, "critic", None)
     if isinstance(critic, ValueModel):
-        critic.network.save_pretrained(directory)
+        critic.network.config.save_pretrained(directory / CRITIC)
+        tokenizer.save_pretrained(directory / CRITIC)
+
+
+def _prepared(networks: Networks, directory: Path, ends: set[int]) -> tuple[Any, Any]:
+    """The network and the tokenizer, with what others are to know of padding or of where answers end."""
+    directory.mkdir(parents=True, exist_ok=True)
+    network: Any = networks.module.network
+    if isinstance(networks.module, RewardModel):
+        return network, set_padding(network, networks.tokenizer, ends)
+    _set_generation_config(network, networks.tokenizer, ends)
+    return network, networks.tokenizer
+
+
+def _below(state: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
+    """The tensors whose names begin so, without that beginning."""
+    if state is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _save_critic(critic: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor] | None) -> None:
+    if isinstance(critic, ValueModel):
+        critic.network.save_pretrained(directory, state_dict=_below(state, "model."))
         tokenizer.save_pretrained(directory)
     elif critic is not None:
         directory.mkdir()
-        save_file(critic.state_dict(), directory / CRITIC_HEAD)
+        save_file(critic.state_dict() if state is None else state, directory / CRITIC_HEAD)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -104,13 +104,10 @@ def load_model(
         _prepare_scores(config, model)
     else:
         _refuse_scores(model)
-    attention: dict[str, Any] = (
-        {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
-    )
+    attention = _attention(model)
     if model.init == "config":
         torch.manual_seed(seed)
-        remote = {"trust_remote_code": model.trust_remote_code}
-        network = _auto(scores).from_config(config, dtype=dtype, **attention, **remote)
+        network = _auto(scores).from_config(config, dtype=dtype, **attention, **_remote(model))
         if scores:
             zero_score(network)
     else:
@@ -120,11 +117,22 @@ def load_model(
     return network
 
 
-def load_shape(config: PreTrainedConfig, scores: bool = False) -> Any:
-    """The network of a config, for planning under torch.device("meta"); scores: as in load_model."""
+def load_shape(
+    config: PreTrainedConfig, scores: bool = False, dtype: torch.dtype | None = None, model: ModelConfig | None = None
+) -> Any:
+    """The network of a config, under torch.device("meta"); scores, dtype, model: as in load_model."""
     if scores:
         config.num_labels = 1
-    return _auto(scores).from_config(config)
+    said = {**_attention(model), **_remote(model)} if model else {}
+    return _auto(scores).from_config(config, **({"dtype": dtype} if dtype else {}), **said)
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    return {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
+
+
+def _remote(model: ModelConfig) -> dict[str, Any]:
+    return {"trust_remote_code": model.trust_remote_code}
 
 
 def _auto(scores: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.lineage import resolve_path
-from posttrain.models.load import load_config, load_model
+from posttrain.models.load import load_config, load_model, load_shape
 from posttrain.models.others import other_model, told_of
 from posttrain.models.policy import Policy, ValueModel, value_head
 from posttrain.models.reward import POOLING_KEY, Pooling, RewardModel
@@ -70,18 +70,34 @@ def build_network(
     checkpointing: bool = False,
     head: Head | None = None,
     critic: bool = False,
+    shape_only: bool = False,
 ) -> tuple[Decoder, str]:
     """The network on the CPU and a line about its adapter: a policy (with `critic` also a critic), or with `head` a reward
     model.
 
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
+    shape_only: no weights are read; they come from rank 0 (sharding.py).
     """
+    with torch.device("meta") if shape_only else nullcontext():
+        return _build(model, adapter, compute_dtype, seed, checkpointing, head, critic, shape_only)
+
+
+def _build(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    compute_dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    head: Head | None,
+    critic: bool,
+    shape_only: bool,
+) -> tuple[Decoder, str]:
     config = load_config(model)
     if head is not None:
         _check_pooling(config, model, adapter, head)
     frozen = adapter.name != "none"
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
-    network: Any = load_model(model, config, dtype, seed, quantization(adapter, compute_dtype), scores=head is not None)
+    network: Any = _network(model, config, dtype, seed, quantization(adapter, compute_dtype), head is not None, shape_only)
     described = "none"
     _freeze_towers(network)
     if checkpointing:
@@ -92,7 +108,7 @@ def build_network(
         return RewardModel(network, head.pooling, head.ends), described
     policy = Policy(network)
     if critic and model.critic is not None:
-        policy.critic = load_critic(model, seed, checkpointing)
+        policy.critic = load_critic(model, seed, checkpointing, shape_only)
     elif critic:
         policy.critic = head_on(policy, adapter.path or model.path)
     return policy, described
@@ -102,16 +118,25 @@ def head_on(policy: Policy, directory: str | None) -> torch.nn.Linear:
     """The value head that was saved beside these weights; where there is none it begins at 0."""
     head = value_head(policy)
     path = Path(resolve_path(directory) if directory else "") / CRITIC / CRITIC_HEAD
-    if directory and path.is_file():
+    if directory and path.is_file() and not head.weight.is_meta:
         head.load_state_dict(load_file(path))
     return head
 
 
-def load_critic(model: ModelConfig, seed: int, checkpointing: bool) -> ValueModel:
+def _network(
+    model: ModelConfig, config: Any, dtype: torch.dtype, seed: int, quantization: Any, scores: bool, shape_only: bool
+) -> Any:
+    if not shape_only:
+        return load_model(model, config, dtype, seed, quantization, scores)
+    assert quantization is None, "what is quantised has no shape before its weights are read"
+    return load_shape(config, scores, dtype, model)
+
+
+def load_critic(model: ModelConfig, seed: int, checkpointing: bool, shape_only: bool = False) -> ValueModel:
     """The model at model.critic in fp32: a reward model with its score layer, any other with one that begins at 0."""
     with told_of("model.critic"):
         own = other_model(model, model.critic)
-        network: Any = load_model(own, load_config(own), torch.float32, seed, None, scores=True)
+        network: Any = _network(own, load_config(own), torch.float32, seed, None, True, shape_only)
         _freeze_towers(network)
         if checkpointing:
             _recompute_activations(network)

@@ -48,7 +48,7 @@ def check_forward(policy: Decoder, groups: list[TokenGroup], layout: str, device
 
 def _check(policy: Decoder, groups: list[TokenGroup], layout: str, device: torch.device) -> dict[str, float]:
     kind = policy.network.config.model_type
-    exact = next(policy.backbone.parameters()).dtype == torch.float32
+    exact = policy.computes_in == torch.float32
     tolerance, leak_tolerance = (TOLERANCE, LEAK_TOLERANCE) if exact else (HALF_TOLERANCE, HALF_LEAK_TOLERANCE)
     alone = _alone(policy, groups, device)
     padded = _batch(groups, "padded", device)
@@ -102,7 +102,7 @@ def _output_layer(policy: Decoder, groups: list[TokenGroup], device: torch.devic
             return 0.0  # the library has no such score to compare with
         return _scores(policy, groups, device, exact)
     batch = _batch(groups, "padded", device)
-    logits = policy.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.predict].float()
+    logits = policy.own_logits(batch.input_ids).flatten(0, 1)[batch.predict].float()
     own = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
     return _difference(_numbers(policy, batch), own, exact)
 
@@ -117,7 +117,7 @@ def _scores(policy: RewardModel, groups: list[TokenGroup], device: torch.device,
             device.type, torch.bfloat16, enabled=not exact
         ):  # its score layer may be wider than its states
             rows = [torch.tensor([one.prompt + one.responses[0]], device=device) for one in ones]
-            own = torch.cat([policy.model(input_ids=row, use_cache=False).logits for row in rows]).squeeze(-1).float()
+            own = torch.cat([policy.own_logits(row) for row in rows]).squeeze(-1).float()
     finally:
         config.pad_token_id = pad
     ours = torch.cat([policy(collate([one], [[0]], "padded").to(device)).rewards for one in ones])
@@ -148,7 +148,7 @@ def _leak(policy: Decoder, batch: Batch, changed: Tensor) -> float:
     rows = network.get_input_embeddings().weight.shape[0]
     other = replace(batch, input_ids=torch.where(changed, (batch.input_ids + 1) % rows, batch.input_ids))
     rest = (batch.segments >= 0) & ~changed
-    before, after = (policy.hidden(b)[rest].float() for b in (batch, other))
+    before, after = (policy.read(b)[rest].float() for b in (batch, other))
     return float((after - before).norm() / before.norm())
 
 

@@ -19,6 +19,7 @@ from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks
 from posttrain.models.probe import probe_positions, sliding_window
 from posttrain.models.rope import check_rope
+from posttrain.models.sharding import gathered
 from posttrain.reference import Reference
 from posttrain.report import narrate
 from posttrain.report.console import Console
@@ -27,7 +28,7 @@ from posttrain.report.logbook import Logbook
 from posttrain.report.numbers import interval
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
-from posttrain.runtime import Runtime
+from posttrain.runtime import Runtime, open_runtime
 from posttrain.session import (
     check_attention,
     check_embeddings,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 def evaluate(cfg: Config) -> Summary:
     """Score data.eval (or the held-out part of data.train), and run eval.harness, alone where no data is given; writes
     metrics, records and samples to the run directory."""
-    runtime = Runtime(cfg.precision.name, cfg.distribution.name)
+    runtime = open_runtime(cfg)
     config = cfg.as_dict()
     with runtime.together(), open_directory(cfg, config, runtime, "eval") as run:
         return _evaluate(cfg, config, run, runtime)
@@ -74,7 +75,8 @@ def _evaluate(cfg: Config, config: dict[str, Any], run: RunDir, runtime: Runtime
     scored = _open(cfg, runtime, tokenizer) if alone else _score(cfg, run, runtime, console, tokenizer)
     found, harness = scored.found, HarnessResult()
     if tasks is not None:
-        harness = run_tasks(cfg, tasks, scored.policy.network, tokenizer, runtime)
+        with gathered(scored.policy):
+            harness = run_tasks(cfg, tasks, scored.policy.network, tokenizer, runtime)
         found.metrics |= harness.metrics
     summary = Summary(str(run.path), cfg.stage_name, 0, metrics={k: plain(v) for k, v in found.metrics.items()})
     if runtime.is_main:
@@ -96,7 +98,7 @@ def _open(cfg: Config, runtime: Runtime, tokenizer: Any) -> Scored:
     """The model alone, a policy whatever the stage."""
     policy, _ = open_network(cfg, runtime, cfg.model, cfg.adapter)
     check_embeddings(policy, tokenizer)
-    policy.to(runtime.device)
+    runtime.place(policy, quantized=cfg.adapter.name == "qlora")
     return Scored(policy, None, Evaluation(0, {}))
 
 
@@ -114,7 +116,7 @@ def _score(cfg: Config, run: RunDir, runtime: Runtime, console: Console, tokeniz
     policy, described = open_network(cfg, runtime, cfg.model, cfg.adapter, head=cfg.stage.head(ends))
     check_fits(cfg, policy, tokenizer)
     check_rope(policy.network.config, prepared.eval.longest)
-    policy.to(runtime.device)
+    runtime.place(policy, quantized=cfg.adapter.name == "qlora")
     packing = packing_of(cfg, runtime.device.type, prepared)
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.eval.groups(probed)]

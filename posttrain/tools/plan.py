@@ -13,7 +13,7 @@ from posttrain.models.lineage import folded
 from posttrain.models.load import load_config, load_shape, load_tokenizer
 from posttrain.optim import warmup_steps
 from posttrain.report.console import Console
-from posttrain.runtime import Runtime
+from posttrain.runtime import open_runtime
 from posttrain.session import check_attention, check_positions, count_steps, open_loader, prepare_data
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ GIB = 2**30
 
 def plan(cfg: Config) -> None:
     """Data counts, tokens, steps and the memory of weights, gradients and optimizer."""
-    console, runtime = Console(), Runtime(cfg.precision.name, cfg.distribution.name)
+    console, runtime = Console(), open_runtime(cfg)
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
     check_companions(cfg, tokenizer)
