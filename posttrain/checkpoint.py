@@ -164,7 +164,9 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
                 f"{checkpoint} was saved from another model: a trained tensor is {tuple(there.shape)} there, {shape} here"
             )
     for index, moments in moments_of.items():
-        moments |= {key: like(value, parameters[index]) for key, value in moments.items() if isinstance(value, torch.Tensor)}
+        moments |= {
+            key: like(value, parameters[index]) for key, value in moments.items() if isinstance(value, torch.Tensor)
+        }
     optimizer.load_state_dict(saved)
 
 

@@ -21,8 +21,8 @@ def environment() -> dict[str, Any]:
     return {
         "posttrain": version("posttrain"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES}
-        | {name: found for name in OPTIONAL if (found := _version(name))},
+        "packages": {name: package_version(name) for name in PACKAGES}
+        | {name: found for name in OPTIONAL if (found := package_version(name))},
         "git_commit": _git_commit(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -31,7 +31,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed version; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

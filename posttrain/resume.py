@@ -45,7 +45,9 @@ def resumed(cfg: Config, run: RunDir) -> tuple[ModelConfig, AdapterConfig]:
         _check_adapter(cfg, saved)
         return replace(cfg.model, critic=critic), replace(cfg.adapter, path=str(saved))
     # what model.config and rope_scaling changed stands in the checkpoint's config already: not once more
-    init: Literal["weights", "config"] = "config" if in_parts(run.checkpoint) else "weights"  # these are read by `restore`
+    init: Literal["weights", "config"] = (
+        "config" if in_parts(run.checkpoint) else "weights"
+    )  # these are read by `restore`
     model = replace(
         cfg.model, path=str(saved), tokenizer=cfg.model.tokenizer or cfg.model.path, init=init, gguf_file=None,
         revision=None, config={}, rope_scaling=None, critic=critic,

@@ -41,8 +41,8 @@ RECORDED = {
 """Sections by which a record is known as ours."""
 
 FREE_KEYS = (
-    "run", "log", "distribution", "data.cache", "data.on_bad_row", "data.max_lost_fraction", "train.resume", "train.keep_checkpoints",
-    "train.log_every",
+    "run", "log", "distribution", "data.cache", "data.on_bad_row", "data.max_lost_fraction", "train.resume",
+    "train.keep_checkpoints", "train.log_every",
 )  # fmt: skip
 """Keys that may differ between a run and its continuation: they decide where and how things are written, how ranks share the
 work, or whether a bad row ends the run, not what it trains on."""

@@ -9,7 +9,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from posttrain.alarm import Alarm
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, tell_here
 from posttrain.models.sharding import shard, whole
-
-if TYPE_CHECKING:
-    from posttrain.config import Config
 
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -67,7 +64,8 @@ class Runtime:
     def describe(self) -> str:
         """Device, precision and world size in one line."""
         kind = "FSDP" if self.shards else "DDP"
-        processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind})"
+        backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
+        processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind}, {backend})"
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {self.precision}, {processes}"
         return f"CPU ({torch.get_num_threads()} threads), {self.precision}, {processes}"
@@ -158,8 +156,9 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """The run itself: an error on one rank ends all, and is told once, by the rank that met it first."""
+    def together(self, closing: bool = True) -> Iterator[None]:
+        """The run itself: an error on one rank ends all, and is told once, by the rank that met it first. closing: the run is
+        over with this block."""
         try:
             yield
         except Stopped:  # by all ranks after the same step
@@ -168,7 +167,8 @@ class Runtime:
         except Exception as error:
             self._fail(error)
             raise
-        self.close()
+        if closing:
+            self.close()
 
     def close(self) -> None:
         """What this run holds. The ranks stay joined: the next run in this process cannot join them anew by the same store."""
@@ -225,11 +225,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 LAUNCHED_AS = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
 """What a launcher says of the distribution, and the one that agrees with it."""
-
-
-def open_runtime(cfg: Config) -> Runtime:
-    """The runtime of a config that computes."""
-    return Runtime(cfg.precision.name, cfg.distribution.name, offload=cfg.distribution.cpu_offload)
 
 
 def _join() -> None:

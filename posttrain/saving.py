@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from posttrain import checkpoint
 from posttrain.checkpoint import TrainState
@@ -40,7 +41,11 @@ def save_checkpoint(
         runtime.barrier()
         return
     scratch = checkpoint.scratch_of(root, state.step)
-    with checkpoint.in_parts(root, state, rng, lambda path: save_config(networks, path, ends)) if runtime.is_main else writing(root):
+    with (
+        checkpoint.in_parts(root, state, rng, lambda path: save_config(networks, path, ends))
+        if runtime.is_main
+        else writing(root)
+    ):
         runtime.barrier()  # rank 0 has made the folder
         with writing(scratch):
             write_shard(scratch / FOLDER, runtime.rank, runtime.world, networks.module, optimizer)
@@ -58,6 +63,8 @@ def collected(networks: Networks, keep: bool) -> dict[str, torch.Tensor] | None:
 def whole_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state, its tensors whole; every rank must ask."""
     saved = optimizer.state_dict()
-    for moments in saved["state"].values():
-        moments |= {k: whole(v).cpu() for k, v in moments.items() if isinstance(v, torch.distributed.tensor.DTensor)}
-    return saved
+    state = {
+        index: {key: whole(value).cpu() if isinstance(value, DTensor) else value for key, value in moments.items()}
+        for index, moments in saved["state"].items()
+    }
+    return saved | {"state": state}

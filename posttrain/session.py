@@ -42,6 +42,7 @@ from posttrain.rollout_server import VLLMServer
 from posttrain.rundir import RunDir
 from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
 from posttrain.stages.base import Supply
+from posttrain.startup import check_same_data
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
@@ -97,6 +98,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     tokenizer = load_tokenizer(cfg.model)
     check_companions(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
+    check_same_data(runtime, prepared.fingerprint)
     if not prepared.stream:
         on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
     if cfg.eval.slices:

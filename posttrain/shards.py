@@ -65,7 +65,9 @@ class _Saved:
         files = sorted(directory.glob("*-of-*.safetensors"))
         world = int(files[0].stem.rpartition("-")[2]) if files else 0
         if not world or len(files) != world:
-            raise CheckpointError(f"{directory} holds {len(files)} of {world or 'no'} files; copy those that are missing")
+            raise CheckpointError(
+                f"{directory} holds {len(files)} of {world or 'no'} files; copy those that are missing"
+            )
         self.files = [safe_open(path, framework="pt") for path in files]
         self.places: dict[str, list[tuple[int, Any]]] = {}
         for file in self.files:
@@ -96,7 +98,9 @@ class _Saved:
                 local[low - start : high - start].copy_(part[low - first : high - first])
                 found += high - low
         if found != len(local):
-            raise CheckpointError(f"{name}: {found} of {len(local)} rows are in the checkpoint, which is damaged or of another model")
+            raise CheckpointError(
+                f"{name}: {found} of {len(local)} rows are in the checkpoint, which is damaged or of another model"
+            )
 
 
 def _weights(module: nn.Module) -> dict[str, Tensor]:

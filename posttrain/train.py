@@ -27,11 +27,12 @@ from posttrain.report.live import LivePage
 from posttrain.report.logbook import Logbook
 from posttrain.report.numbers import interval
 from posttrain.rundir import create
-from posttrain.runtime import open_runtime, rng_state
+from posttrain.runtime import rng_state
 from posttrain.saving import collected, save_checkpoint
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
 from posttrain.slices import sliced
+from posttrain.startup import open_runtime
 from posttrain.stats import LOWER_IS_BETTER
 from posttrain.summary import Summary
 
@@ -294,9 +295,7 @@ class Trainer:
         if self.runtime.is_main:
             self.logbook.flush()
         session = self.session
-        save_checkpoint(
-            run.checkpoints, state, session.networks, session.optimizer, rng, session.ends, self.runtime
-        )
+        save_checkpoint(run.checkpoints, state, session.networks, session.optimizer, rng, session.ends, self.runtime)
         if self.runtime.is_main:
             checkpoint.rotate(run.checkpoints, self.cfg.train.keep_checkpoints, state.best_step)
         self.runtime.barrier()

@@ -73,7 +73,7 @@ def ran(both: Path, posttrain_process: Run) -> Path:
     Path("tasks.json").write_text(json.dumps(tasks))
     status, said = finish(launch(str(ROOT / "tests" / "rank_runs.py"), "tasks.json"))
     assert status == 0, said
-    assert said.count("2 processes (DDP)") == len(STAGES)
+    assert said.count("2 processes (DDP, gloo)") == len(STAGES)
     for stage, given in options.items():
         done = posttrain_process(*given, f"run.dir={both}/one/{stage}")
         assert done["status"] == 0, done["output"]

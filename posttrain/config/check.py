@@ -25,6 +25,7 @@ def check(config: Config, verb: str = "train") -> None:
     _check_schedule(config)
     _check_streaming(config, verb)
     _check_harness(config, verb)
+    _check_distribution(config)
     if config.adapter.path is not None and config.adapter.name == "none":
         raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
     if config.eval.verifier != "none" and config.eval.generate == 0:
@@ -87,6 +88,27 @@ def _check_streaming(config: Config, verb: str) -> None:
         raise ConfigError(
             "data.streaming=true needs train.steps: how long an epoch is cannot be known before the data is read, "
             f"got train.epochs={config.train.epochs:g}; try train.steps=1000 (the data starts over where it ends)"
+        )
+
+
+def _check_distribution(config: Config) -> None:
+    name = config.distribution.name
+    if config.distribution.cpu_offload and name not in ("fsdp", "deepspeed"):
+        raise ConfigError(
+            f"distribution.cpu_offload=true is of distribution=fsdp or deepspeed, and distribution={name}; leave it out, or set "
+            "distribution=fsdp"
+        )
+    if name not in ("fsdp", "deepspeed"):
+        return
+    if config.optim.name not in ("adamw", "adamw_bf16"):
+        raise ConfigError(
+            f"optim={config.optim.name} with distribution={name}: bitsandbytes' optimizers take whole tensors, and each rank "
+            "has a part of them; set optim=adamw (whose states are in parts on the ranks too), or distribution=ddp"
+        )
+    if config.model.frozen_device != "device":
+        raise ConfigError(
+            f"model.frozen_device={config.model.frozen_device} with distribution={name}: a frozen network lies in parts on the "
+            "ranks as the policy does; leave it device, and set distribution.cpu_offload=true for host memory"
         )
 
 

@@ -152,7 +152,7 @@ def _load(model: PreTrainedModel, path: str) -> PeftModel:
     try:
         if model.device.type == "meta":  # its shape alone: the weights come from rank 0
             config = PeftConfig.from_pretrained(str(Path(path).expanduser()), inference_mode=False)
-            return get_peft_model(model, config)  # type: ignore[return-value]
+            return get_peft_model(model, config)
         return PeftModel.from_pretrained(model, str(Path(path).expanduser()), is_trainable=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -97,7 +97,9 @@ def _build(
         _check_pooling(config, model, adapter, head)
     frozen = adapter.name != "none"
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
-    network: Any = _network(model, config, dtype, seed, quantization(adapter, compute_dtype), head is not None, shape_only)
+    network: Any = _network(
+        model, config, dtype, seed, quantization(adapter, compute_dtype), head is not None, shape_only
+    )
     described = "none"
     _freeze_towers(network)
     if checkpointing:

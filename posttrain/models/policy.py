@@ -93,7 +93,9 @@ class Policy(Decoder):
                 scores.entropy = token_entropies(hidden, self.head, transform)
             if reference is not None:
                 with torch.no_grad(), reference() as other:
-                    read = other.hidden if other is self else other.read  # itself without its adapter: inside its forward
+                    read = (
+                        other.hidden if other is self else other.read
+                    )  # itself without its adapter: inside its forward
                     there = read(batch).flatten(0, 1)[batch.predict]
                 scores.kl = token_kl(hidden, there, self, reference, temperature)
         if batch.kept is not None and not bare:

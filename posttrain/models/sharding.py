@@ -40,7 +40,9 @@ def shard(module: Decoder, mesh: DeviceMesh, compute: torch.dtype, offload: bool
     full: every rank has the weights; else rank 0 alone, and the others have the shapes (on the meta device).
     """
     half = compute if compute != torch.float32 else None
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     values = None if full else _values(module, mesh)
     policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -78,7 +80,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
     inner = [m for m in parts if m is not module]
     if is_sharded(module):
-        module._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]  # a layer that comes first would be the root
+        module._get_fsdp_state()._lazy_init()  # type: ignore[operator]  # a layer that comes first would be the root
     try:
         for part in inner:
             part.set_reshard_after_forward(False, recurse=False)
@@ -96,9 +98,9 @@ def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, put together from all ranks' parts where it lies in parts; every rank must ask."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.to_local().device.type != tensor.device_mesh.device_type:  # offloaded
-        tensor = tensor.to(tensor.device_mesh.device_type)  # type: ignore[assignment]
-    return tensor.full_tensor()
+    there: Any = tensor.to(tensor.device_mesh.device_type)  # from host memory, where it was offloaded
+    found: Tensor = there.full_tensor()
+    return found
 
 
 @torch.no_grad()
@@ -125,7 +127,9 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     if not isinstance(model, DTensor) or tensor.shape != model.shape:
         return tensor
     home = model.to_local().device
-    placed = distribute_tensor(tensor.to(model.device_mesh.device_type), model.device_mesh, model.placements, src_data_rank=None)
+    placed = distribute_tensor(
+        tensor.to(model.device_mesh.device_type), model.device_mesh, model.placements, src_data_rank=None
+    )
     return placed.to(home)
 
 

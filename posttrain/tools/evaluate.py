@@ -28,7 +28,7 @@ from posttrain.report.logbook import Logbook
 from posttrain.report.numbers import interval
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
-from posttrain.runtime import Runtime, open_runtime
+from posttrain.runtime import Runtime
 from posttrain.session import (
     check_attention,
     check_embeddings,
@@ -41,6 +41,7 @@ from posttrain.session import (
     stop_ids,
 )
 from posttrain.slices import sliced
+from posttrain.startup import open_runtime
 from posttrain.summary import Summary
 from posttrain.tools.harness import HarnessResult, open_tasks, run_tasks
 

@@ -13,8 +13,8 @@ from posttrain.models.lineage import folded
 from posttrain.models.load import load_config, load_shape, load_tokenizer
 from posttrain.optim import warmup_steps
 from posttrain.report.console import Console
-from posttrain.runtime import open_runtime
 from posttrain.session import check_attention, check_positions, count_steps, open_loader, prepare_data
+from posttrain.startup import open_runtime
 
 if TYPE_CHECKING:
     from posttrain.config import Config
