@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
-from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,7 @@ def check_not_alone(environment: Mapping[str, str], expected: int | None) -> Non
     here = int(environment.get("LOCAL_WORLD_SIZE", str(world)))
     if nodes > 1 and here == world:
         raise ConfigError(
-            f"the job has {nodes} nodes, but this run's {world} {'process is' if world == 1 else 'processes are'} all on one: the "
+            f"the job has {nodes} nodes, but this run's {world} {'process is' if world == 1 else 'processes are'} on one: the "
             f"others would idle or train alone; give torchrun --nnodes {nodes} and a rendezvous (docker/slurm.sh shows how), "
             f"or set run.processes={world} if that is meant"
         )
@@ -107,8 +106,7 @@ def check_agreement(runtime: Runtime, config: dict[str, Any]) -> None:
     """ConfigError where a rank was started with other settings, or runs other versions."""
     if runtime.world == 1:
         return
-    versions = {"posttrain": version("posttrain"), "python": platform.python_version()}
-    versions |= {name: package_version(name) for name in PACKAGES}
+    versions = {name: package_version(name) for name in ("posttrain", *PACKAGES)} | {"python": platform.python_version()}
     everyone = runtime.gather([(socket.gethostname(), flat(config), versions)])
     for part, what in ((1, "settings"), (2, "versions")):
         ours = everyone[0][part]
