@@ -57,7 +57,7 @@ def finish(process: subprocess.Popen[bytes], seconds: float = 200) -> tuple[int,
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """one/STAGE and two/STAGE: every stage of the list by one process and by two ranks, made in one launch each."""
+    """one/STAGE, ddp/STAGE, fsdp/STAGE: stages of the list by one process and by two ranks, made in one launch each."""
     made = tmp_path_factory.mktemp("both")
     yield made
     shutil.rmtree(made)  # half a gigabyte
@@ -68,12 +68,8 @@ def ran(both: Path, posttrain_process: Run) -> Path:
         return both
     common = [*STEADY, "batch.size=7", "batch.micro_tokens=128"]
     options = {name(stage): [*common, *options] for stage, options in STAGES.items()}
-    two = {stage: (*given, "train.save_every=10", f"run.dir={both}/two/{stage}") for stage, given in options.items()}
-    tasks = [["train", *small_arguments(*given)] for given in two.values()]
-    Path("tasks.json").write_text(json.dumps(tasks))
-    status, said = finish(launch(str(ROOT / "tests" / "rank_runs.py"), "tasks.json"))
-    assert status == 0, said
-    assert said.count("2 processes (DDP, gloo)") == len(STAGES)
+    launched(both, options, "ddp")
+    launched(both, {name(stage): options[name(stage)] for stage in SHARDED}, "fsdp")
     for stage, given in options.items():
         done = posttrain_process(*given, f"run.dir={both}/one/{stage}")
         assert done["status"] == 0, done["output"]
@@ -81,16 +77,30 @@ def ran(both: Path, posttrain_process: Run) -> Path:
     return both
 
 
+def launched(both: Path, options: dict[str, list[str]], how: str) -> None:
+    """These stages by two ranks that share the work so."""
+    more = ["train.save_every=10", f"distribution={how}"]
+    tasks = [["train", *small_arguments(*o, *more, f"run.dir={both}/{how}/{stage}")] for stage, o in options.items()]
+    Path("tasks.json").write_text(json.dumps(tasks))
+    status, said = finish(launch(str(ROOT / "tests" / "rank_runs.py"), "tasks.json"), 400)
+    assert status == 0, said
+    assert said.count(f"2 processes ({how.upper()}, gloo)") == len(options)
+
+
+SHARDED = ("sft", "lora", "pretrain", "dpo lora", "ipo of groups", "gpro", "reward", "ppo", "grpo", "mixture")
+"""Stages that are run with weights in parts, too: between them all that gathers weights."""
+
+
 def name(stage: str) -> str:
     return stage.replace(" ", "-")
 
 
 @pytest.mark.usefixtures("mixture")
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_give_what_one_does(both: Path, posttrain_process: Run, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "how"), [*((s, "ddp") for s in STAGES), *((s, "fsdp") for s in SHARDED)])
+def test_two_ranks_give_what_one_does(both: Path, posttrain_process: Run, stage: str, how: str) -> None:
     """7 examples a step, so that the ranks' shares differ; few tokens a forward, so that both have some to evaluate."""
     made = ran(both, posttrain_process)
-    one, two = (made / ranks / name(stage) for ranks in ("one", "two"))
+    one, two = (made / ranks / name(stage) for ranks in ("one", how))
     assert losses(two) == pytest.approx(losses(one), rel=LOSSES, abs=LOSSES)
     norms = [[line["metrics"]["grad_norm"] for line in log(run) if line["split"] == "train"] for run in (one, two)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)  # AdamW would hide a gradient that is all too small alike

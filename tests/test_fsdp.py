@@ -1,0 +1,130 @@
+"""Weights in parts on the ranks: checkpoints that any number of ranks can read, precision, and what can be together with it.
+
+That stages give the losses of one process is in tests/test_ranks.py.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import LOSSES, STEADY, WEIGHTS, assert_same_weights, losses
+
+from posttrain.config import resolve
+from posttrain.errors import CheckpointError, ConfigError
+
+Run = Callable[..., Any]
+FSDP = "distribution=fsdp"
+SPLIT = [
+    *STEADY,
+    "train.steps=6",
+    "train.save_every=2",
+    "train.keep_checkpoints=9",
+    "batch.size=7",
+    "batch.micro_tokens=128",
+]
+
+
+def test_two_ranks_one_and_two_again(posttrain_process: Run) -> None:
+    """Killed in turn and gone on with another number of ranks, and without sharding in between."""
+    assert posttrain_process(*SPLIT, "run.dir=whole")["status"] == 0
+    dies = lambda call: {"die": ("posttrain.train:Trainer._check_finite", call, "before")}  # noqa: E731
+    first = posttrain_process(*SPLIT, FSDP, "run.dir=r", ranks=2, **dies(4))
+    assert set(first["statuses"]) == {-signal.SIGKILL}, first["output"]
+    assert sorted(p.name for p in Path("r/checkpoints/step-000002").iterdir()) == [
+        "model",
+        "rng.pt",
+        "shards",
+        "state.json",
+    ]
+    assert len(list(Path("r/checkpoints/step-000002/shards").iterdir())) == 2
+    shutil.copytree("r", "r1")
+    second = posttrain_process(*SPLIT, "run.dir=r", **dies(3))  # one process, nothing in parts
+    assert "continues at step 2" in second["output"], second["output"]
+    third = posttrain_process(*SPLIT, FSDP, "run.dir=r", ranks=2)
+    assert third["statuses"] == [0, 0], third["output"]
+    assert "continues at step 4" in third["output"]
+    alone = posttrain_process(*SPLIT, FSDP, "run.dir=r1")  # in parts, of which there is one
+    assert alone["status"] == 0, alone["output"]
+    for run in ("r", "r1"):
+        assert losses(run) == pytest.approx(losses("whole"), rel=LOSSES)
+        assert_same_weights(run, "whole", WEIGHTS)
+
+
+def test_a_checkpoint_that_lacks_a_rank_s_file_is_named(posttrain_process: Run) -> None:
+    done = posttrain_process(*SPLIT, FSDP, "train.steps=2", "schedule=constant", "run.dir=a", ranks=2)
+    assert done["statuses"] == [0, 0], done["output"]
+    (Path("a/checkpoints/step-000002/shards/00002-of-00002.safetensors")).unlink()
+    again = posttrain_process(
+        *SPLIT, "train.steps=2", "schedule=constant", "run.dir=b", "train.resume=a/checkpoints/step-000002"
+    )
+    assert again["status"] == 2
+    assert "holds 1 of 2 files" in again["output"]
+
+
+def test_rows_of_any_rank_are_found(tmp_path: Path) -> None:
+    """Two files of one tensor, 3 and 2 rows, read whole; then a part missing, and another shape."""
+    from safetensors.torch import save_file
+
+    from posttrain.shards import FIRST_ROWS, _Saved
+
+    rows = torch.arange(10.0).view(5, 2)
+    for number, (start, stop) in enumerate([(0, 3), (3, 5)], 1):
+        first = {FIRST_ROWS: json.dumps({"w": start})}
+        save_file({"w": rows[start:stop].contiguous()}, tmp_path / f"0000{number}-of-00002.safetensors", metadata=first)
+    into = torch.zeros(5, 2)
+    _Saved(tmp_path).read("w", into)
+    assert torch.equal(into, rows)
+    with pytest.raises(CheckpointError, match="5 of 6 rows"):
+        _Saved(tmp_path).read("w", torch.zeros(6, 2))
+    with pytest.raises(CheckpointError, match="another shape"):
+        _Saved(tmp_path).read("w", torch.zeros(5, 3))
+    with pytest.raises(CheckpointError, match="no other"):
+        _Saved(tmp_path).read("other", into)
+
+
+@pytest.mark.parametrize(
+    "options", [["stage=sft"], ["stage=lora", "train.gradient_checkpointing=true"], ["stage=qlora"]], ids=" ".join
+)
+def test_half_precision_and_adapters(posttrain_process: Run, options: list[str]) -> None:
+    """In bf16 the losses stay within its rounding of those of DDP; what is saved opens and answers as it did at the end."""
+    common = [*SPLIT, *options, "precision=bf16", "train.steps=4", "eval.generate=4", "eval.max_new_tokens=4"]
+    sharded = posttrain_process(*common, FSDP, "run.dir=fsdp", ranks=2)
+    assert sharded["statuses"] == [0, 0], sharded["output"]
+    ddp = posttrain_process(*common, "run.dir=ddp", ranks=2)
+    assert ddp["statuses"] == [0, 0], ddp["output"]
+    assert losses("fsdp") == pytest.approx(losses("ddp"), rel=0.05)
+    answers = [json.loads(line) for line in Path("fsdp/samples.jsonl").read_text().splitlines()]
+    scored = posttrain_process("model.path=fsdp", "precision=bf16", "train.steps=", "optim.lr=", "eval.generate=4",
+                               "eval.max_new_tokens=4", "run.dir=again", verb="eval")  # fmt: skip
+    assert scored["status"] == 0, scored["output"]
+    again = [json.loads(line) for line in Path("again/samples.jsonl").read_text().splitlines()]
+    assert [a["after"] for a in answers] == [a.get("after", a.get("answer")) for a in again]
+
+
+def test_saved_weights_are_whole(posttrain_process: Run) -> None:
+    """Every tensor of the model, with its own shape, the tied one once."""
+    from posttrain.models.embedded import DIRECTORY
+
+    done = posttrain_process(*SPLIT, FSDP, "train.steps=1", "schedule=constant", "run.dir=r", ranks=2)
+    assert done["statuses"] == [0, 0], done["output"]
+    known, found = load_file(DIRECTORY / "model.safetensors"), load_file("r/model/model.safetensors")
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in known.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["optim=adamw8bit", FSDP], "optim=adamw8bit with distribution=fsdp"),
+        (["stage=ppo", "model.frozen_device=cpu", FSDP], "model.frozen_device=cpu with distribution=fsdp"),
+        (["distribution.cpu_offload=true"], "distribution.cpu_offload=true is of distribution=fsdp"),
+    ],
+)
+def test_what_cannot_be_together_is_refused(options: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve(options)
