@@ -10,7 +10,7 @@ import posttrain
 
 PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
-    {"stats", "errors", "places", "disk", "allocator"},
+    {"stats", "errors", "places", "disk", "allocator", "launch"},
     {"data", "models"},
     {"rollout", "sampling", "rewards", "verify", "optim"},
     {"stages"},

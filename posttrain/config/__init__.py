@@ -5,7 +5,7 @@ conf/config.yaml, types and ranges in schema.py, what cannot be together in chec
 """
 
 from posttrain.config.check import check_processes
-from posttrain.config.compose import resolve
+from posttrain.config.compose import resolve, resolve_section
 from posttrain.config.schema import (
     SECTIONS,
     AdapterConfig,
@@ -40,4 +40,5 @@ __all__ = [
     "TrainConfig",
     "check_processes",
     "resolve",
+    "resolve_section",
 ]

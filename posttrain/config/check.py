@@ -25,6 +25,10 @@ def check(config: Config, verb: str = "train") -> None:
     _check_schedule(config)
     _check_streaming(config, verb)
     _check_harness(config, verb)
+    if config.distribution.name == "single" and (config.run.processes or 1) > 1:
+        raise ConfigError(
+            f"run.processes={config.run.processes}, but distribution=single is one process; set distribution=ddp"
+        )
     if config.adapter.path is not None and config.adapter.name == "none":
         raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
     if config.eval.verifier != "none" and config.eval.generate == 0:
@@ -35,13 +39,20 @@ def check(config: Config, verb: str = "train") -> None:
 
 
 def check_processes(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """run.processes says how many the user expects; a launcher that started another number is a mistake to be told."""
+    """run.processes says how many the user expects; another number is a mistake to be told."""
     expected, world = config.run.processes, int(environment.get("WORLD_SIZE", "1"))
-    if expected is not None and expected != world:
+    if expected is None or expected == world:
+        return
+    if "WORLD_SIZE" in environment or "RANK" in environment:
         raise ConfigError(
-            f"run.processes={expected}, but {world} {'is' if world == 1 else 'are'} running; "
-            f"try torchrun --nproc_per_node {expected} -m posttrain ..."
+            f"run.processes={expected}, but the launcher started {world}; let it start {expected} (torchrun "
+            f"--nproc_per_node {expected} -m posttrain ...), leave run.processes out, or leave the launcher out: posttrain "
+            f"run.processes={expected} ... starts them itself"
         )
+    raise ConfigError(
+        f"run.processes={expected}, but from Python a run is the one process that calls it; leave run.processes out, or "
+        f"start it from a shell: posttrain run.processes={expected} ..."
+    )
 
 
 def _check_model_and_data(config: Config, verb: str) -> None:
