@@ -33,6 +33,7 @@ class Verb:
     ranked: bool = False
 
 
+MULTIRUN = "--multirun"
 SETTINGS = "[key=value ...]"
 VERBS = {
     "train": Verb("posttrain.train:train", SETTINGS, "train (what happens without a verb)", ranked=True),
@@ -112,11 +113,15 @@ def _run(arguments: list[str], debug: bool) -> int:
     if "--version" in arguments:
         print(f"posttrain {__version__}")
         return 0
+    sweeps = MULTIRUN in arguments
+    arguments = [argument for argument in arguments if argument != MULTIRUN]
     name, rest = split_verb(arguments)
     if "--help" in rest or "-h" in rest:
         print(help_screen() if name is None else verb_screen(name))
         return 0
     verb = VERBS[name or "train"]
+    if sweeps:
+        return _sweep(name or "train", rest)
     if not verb.takes_config:
         _load(verb)(rest)
         return 0
@@ -132,6 +137,15 @@ def _run(arguments: list[str], debug: bool) -> int:
         check_devices()
     _load(verb)(config)
     return 0
+
+
+def _sweep(name: str, arguments: list[str]) -> int:
+    if name != "train":
+        raise ConfigError(
+            f"{MULTIRUN} trains a run for each combination of values; posttrain {name} takes one config: leave it out"
+        )
+    status: int = importlib.import_module("posttrain.sweep.run").sweep(arguments)
+    return status
 
 
 def split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -166,6 +180,7 @@ def help_screen() -> str:
             EXAMPLES,
             "",
             "recipe=NAME|PATH applies a whole experiment, for example an earlier run: recipe=runs/NAME/config.yaml",
+            "--multirun trains a run for each combination of values, optim.lr=1e-5,1e-6 stage=sft,lora, and compares them",
             "--config-dir FOLDER adds your own recipes and groups; --debug shows tracebacks; --version",
             "posttrain train --help lists every key with its default and meaning",
         ]

@@ -96,11 +96,13 @@ class Launch:
                 self._kill()
 
     def stop(self, number: int) -> None:
-        """Pass this signal on and wait until all have followed it; for a handler that interrupts `run`."""
+        """Pass this signal on and wait until all have followed it; for a handler that interrupts `run`, which may just be
+        holding the lock of Popen.wait."""
         self._waiting.append(number)
         self._pass_on()
         for process in self.processes:
-            process.wait()
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
     def _start(self, rank: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

@@ -20,6 +20,7 @@ from posttrain.config.schema import (
     PrecisionConfig,
     RunConfig,
     ScheduleConfig,
+    SweepConfig,
     TrainConfig,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "PrecisionConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SweepConfig",
     "TrainConfig",
     "check_processes",
     "resolve",

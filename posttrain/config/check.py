@@ -35,6 +35,9 @@ def check(config: Config, verb: str = "train") -> None:
         raise ConfigError(
             f"eval.verifier={config.eval.verifier} needs answers to verify, but eval.generate=0; try eval.generate=100"
         )
+    typed = [override for override in config.overrides if override.lstrip("+").startswith("sweep.")]
+    if typed:
+        raise ConfigError(f"{typed[0]} is of sweeps alone: posttrain --multirun {typed[0]} ...; leave it out here")
     config.stage.check()
 
 
