@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain import __version__
 from posttrain.errors import ConfigError, Stopped, TrainingError, UserError, is_told_here
+from posttrain.launch import check_devices, has_launcher, join_launch, launch
 from posttrain.places import described, package_folder
 
 
@@ -21,6 +22,7 @@ class Verb:
     """function: module:name, called with the Config, or with the arguments where the verb has options instead.
 
     options: how they are typed; the tool parses them, but importing it for its help would import torch.
+    ranked: whether several processes run it together.
     """
 
     function: str
@@ -28,16 +30,20 @@ class Verb:
     says: str
     takes_config: bool = True
     options: str = ""
+    ranked: bool = False
 
 
+MULTIRUN = "--multirun"
 SETTINGS = "[key=value ...]"
 VERBS = {
-    "train": Verb("posttrain.train:train", SETTINGS, "train (what happens without a verb)"),
+    "train": Verb("posttrain.train:train", SETTINGS, "train (what happens without a verb)", ranked=True),
     "plan": Verb("posttrain.tools.plan:plan", SETTINGS, "what would happen: data, steps, memory; loads no weights"),
     "inspect": Verb(
         "posttrain.tools.inspect:inspect", SETTINGS, "examples as the model sees them, trained tokens marked"
     ),
-    "eval": Verb("posttrain.tools.evaluate:evaluate", SETTINGS, "score a model on data.eval, with intervals"),
+    "eval": Verb(
+        "posttrain.tools.evaluate:evaluate", SETTINGS, "score a model on data.eval, with intervals", ranked=True
+    ),
     "prepare": Verb("posttrain.tools.prepare:prepare", SETTINGS, "tokenise the data to a cache, once"),
     "compare": Verb(
         "posttrain.tools.compare:compare",
@@ -79,11 +85,12 @@ EXAMPLES = """\
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 the user's mistake, 130 or 143 stopped, 1 anything else."""
+    join_launch()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("POSTTRAIN_DEBUG", "0") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return _run(arguments)
+        return _run(arguments, debug)
     except UserError as error:
         _tell_error(error, debug)
         return 2
@@ -102,25 +109,43 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], debug: bool) -> int:
     if "--version" in arguments:
         print(f"posttrain {__version__}")
         return 0
+    sweeps = MULTIRUN in arguments
+    arguments = [argument for argument in arguments if argument != MULTIRUN]
     name, rest = split_verb(arguments)
     if "--help" in rest or "-h" in rest:
         print(help_screen() if name is None else verb_screen(name))
         return 0
     verb = VERBS[name or "train"]
+    if sweeps:
+        return _sweep(name or "train", rest)
     if not verb.takes_config:
         _load(verb)(rest)
         return 0
-    from posttrain.config import check_processes, resolve
+    from posttrain.config import check_processes, resolve, resolve_section
 
+    if verb.ranked and not has_launcher():
+        processes = resolve_section(rest, "run").processes or 1
+        if processes > 1:
+            return launch([*arguments, *(["--debug"] if debug else [])], processes)
     config = resolve(rest, name or "train")
-    if name in (None, "train"):
+    if verb.ranked:
         check_processes(config)
+        check_devices()
     _load(verb)(config)
     return 0
+
+
+def _sweep(name: str, arguments: list[str]) -> int:
+    if name != "train":
+        raise ConfigError(
+            f"{MULTIRUN} trains a run for each combination of values; posttrain {name} takes one config: leave it out"
+        )
+    status: int = importlib.import_module("posttrain.sweep.run").sweep(arguments)
+    return status
 
 
 def split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -155,6 +180,7 @@ def help_screen() -> str:
             EXAMPLES,
             "",
             "recipe=NAME|PATH applies a whole experiment, for example an earlier run: recipe=runs/NAME/config.yaml",
+            "--multirun trains a run for each combination of values, optim.lr=1e-5,1e-6 stage=sft,lora, and compares them",
             "--config-dir FOLDER adds your own recipes and groups; --debug shows tracebacks; --version",
             "posttrain train --help lists every key with its default and meaning",
         ]

@@ -11,7 +11,7 @@ from posttrain import stats
 from posttrain.changes import RESAMPLES, changes, if_all_tied, told
 from posttrain.errors import DataError
 from posttrain.report.sinks import plain
-from posttrain.report.verdicts import HEADLINES, LEVEL
+from posttrain.report.verdicts import HEADLINES, LEVEL, MEASURED_WITH
 from posttrain.sides import Side, names, open_side
 from posttrain.stats import Estimate
 
@@ -167,6 +167,9 @@ def _warnings(sides: list[Side], levels: set[float]) -> Iterator[str]:
         yield f"only {few} examples: intervals are wide (Student's t)"
     if len(levels) > 1:
         yield f"the runs' eval.confidence_level differ ({', '.join(f'{v:g}' for v in sorted(levels))}); {max(levels):g} is used"
+    for metric in (m for m in HEADLINES if sum(m in side.metrics for side in sides) > 1):
+        if keys := measured_differently(metric, [side.config for side in sides]):
+            yield f"{metric} is measured with {', '.join(keys)}, which differs: its difference does not say which run is better"
     if len({side.fingerprint for side in sides}) > 1:
         yield "the runs were tokenised from different data or in different ways; their evaluation examples are the same ones"
     for side in sides[1:]:
@@ -193,6 +196,16 @@ def differing(configs: list[dict[str, Any]]) -> list[list[Any]]:
     keys = sorted({key for each in flat for key in each})
     rows = [[key, *(each.get(key) for each in flat)] for key in keys if not key.startswith(APART)]
     return [row for row in rows if any(value != row[1] for value in row[2:])]
+
+
+def measured_differently(metric: str, configs: list[dict[str, Any]]) -> list[str]:
+    """Keys of the stage with which this score is measured and in which the runs differ; the stage itself, where they are of
+    several."""
+    stages = [config["stage"] for config in configs]
+    if len({stage["name"] for stage in stages}) > 1:
+        return [] if metric == "accuracy" else ["stage.name"]
+    known = MEASURED_WITH.get(stages[0]["name"], {}).get(metric, ()) if stages else ()
+    return [f"stage.{key}" for key in known if any(stage.get(key) != stages[0].get(key) for stage in stages)]
 
 
 def _data_differs(baseline: Side, side: Side) -> str:

@@ -134,6 +134,13 @@ def open_run(config: dict[str, Any], stage: str, claim: Claim, verb: str = "trai
     )
 
 
+def check_continues(path: Path, config: dict[str, Any], verb: str = "train") -> None:
+    """Refuse, before anything is started, what `open_run` would refuse: a directory of another's, a run of another config."""
+    _check_ours(path)
+    if (path / RECORD).is_file() and _began(path):
+        _check_same(path, _recorded(path / RECORD), {**config, "verb": verb})
+
+
 def create(
     run: RunDir, config: dict[str, Any], yaml: str, overrides: list[str], facts: dict[str, Any], verb: str = "train"
 ) -> None:

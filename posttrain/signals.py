@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from posttrain.launch import is_ours
+
+ECHO_S = 1.0
+"""A scheduler such as SLURM sends its signal to every process of a job: to the launcher, which passes it on, and to its ranks.
+The second within this time is the first one's echo there."""
 
 
 class StopRequest:
@@ -13,6 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
+        self.came = 0.0
 
     @contextmanager
     def listening(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -20,9 +28,11 @@ class StopRequest:
 
         def handle(number: int, frame: Any) -> None:
             if self.number:
+                if is_ours() and time.monotonic() - self.came < ECHO_S:
+                    return
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            self.number = number
+            self.number, self.came = number, time.monotonic()
             say(f"{signal.Signals(number).name}: finishing this step and saving; send it again to stop at once")
 
         try:

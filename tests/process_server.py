@@ -5,6 +5,7 @@ Each line of standard input is a JSON task, each line of standard output its res
     {"arguments": [...], "folder": cwd,                       what is run, where
      "die": [target, call, when] | null,                      SIGKILL before | after | halfway through a call of target
      "send": [[target, call, signal], ...] | null,            or these signals, after those calls
+     "send_up": [target, call, signal] | null,                or rank 0 sends this to what started it
      "kill_after_s": seconds | null,                          or SIGKILL at this time
      "max_file_bytes": bytes | null,                          every write past this size of a file is refused
      "poison": [target, call] | null,                         this call's result (its first part) is made infinite
@@ -12,7 +13,9 @@ Each line of standard input is a JSON task, each line of standard output its res
      "hang": target | null,                                   this call sleeps for good
      "others": {...},                                         what befalls the ranks other than on_rank
      "ranks": processes of one run (1),                       joined by gloo, as torchrun would start them
-     "on_rank": r | null}                                     what befalls it befalls this rank alone
+     "on_rank": r | null,                                     what befalls it befalls this rank alone
+     "launches": true | null}                                 posttrain starts processes itself, which are forked from this
+                                                              one (tests/forked.py) and are those that it befalls
     → {"status": as Popen.returncode, of rank 0, "statuses": [of every rank], "output": text, "seconds": s}
 
 A rank that dies of SIGKILL takes the others along, as a machine that fails does. After 100 s all are killed.
@@ -29,6 +32,7 @@ import socket
 import sys
 import time
 
+from forked import fork_launches
 from warm import warm
 
 LIMIT_S = 100
@@ -91,10 +95,10 @@ def refuse(target, number, message):
     setattr(holder, name, failing)
 
 
-def child(task, rank):
-    os.chdir(task["folder"])
+def befall(task, rank):
+    """What is to happen in this rank."""
     if task.get("on_rank") not in (None, rank):
-        task = {"arguments": task["arguments"], **task.get("others", {})}
+        task = task.get("others", {})
     if task.get("max_file_bytes") is not None:
         limit = task["max_file_bytes"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -103,12 +107,23 @@ def child(task, rank):
         at_call(target, number, lambda: os.kill(os.getpid(), signal.SIGKILL), when)
     for target, number, which in task.get("send") or []:
         at_call(target, number, lambda which=which: os.kill(os.getpid(), which), "after")
+    if task.get("send_up") and rank == 0:
+        target, number, which = task["send_up"]
+        at_call(target, number, lambda: os.kill(os.getppid(), which), "after")
     if task.get("poison"):
         poison(*task["poison"])
     if task.get("fail"):
         refuse(*task["fail"])
     if task.get("hang"):
         at_call(task["hang"], 1, lambda: time.sleep(1_000), "before")
+
+
+def child(task, rank):
+    os.chdir(task["folder"])
+    if task.get("launches"):
+        fork_launches(lambda rank: befall(task, rank))
+    else:
+        befall(task, rank)
     from posttrain.cli import main
 
     status = main(task["arguments"])

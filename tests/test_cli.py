@@ -120,12 +120,25 @@ def test_unknown_verb(capsys):
     assert "doctor" in said
 
 
-def test_processes_are_checked_before_training_only(called, monkeypatch, capsys):
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_processes_are_checked_under_a_launcher(called, monkeypatch, capsys, verb):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert cli.main(["run.processes=2"]) == 2
-    assert "torchrun --nproc_per_node 2" in capsys.readouterr().err
+    assert cli.main([verb, "run.processes=2"]) == 2
+    assert "the launcher started 1" in capsys.readouterr().err
     assert cli.main(["plan", "run.processes=2"]) == 0
     assert [name for name, _ in called] == ["plan"]
+
+
+@pytest.mark.parametrize("verb", [name for name, verb in cli.VERBS.items() if verb.takes_config])
+def test_processes_are_started_where_several_work_together(called, monkeypatch, verb):
+    launched = []
+    monkeypatch.setattr(cli, "launch", lambda *given: launched.append(given) or 143)
+    ranked = verb in ("train", "eval")
+    assert cli.main([verb, "run.processes=2", "--debug"]) == (143 if ranked else 0)
+    assert launched == ([([verb, "run.processes=2", "--debug"], 2)] if ranked else [])
+    assert len(called) == (not ranked)
+    assert cli.main([verb, "run.processes=1"]) == 0
+    assert len(launched) == ranked
 
 
 def test_users_mistake_in_a_few_lines(failing, capsys):

@@ -263,8 +263,10 @@ def test_model_or_data_alone():
 def test_processes_must_be_what_the_launcher_started():
     config = resolve([*REAL, "run.processes=2"])
     check_processes(config, {"WORLD_SIZE": "2"})
-    with pytest.raises(ConfigError, match=r"run.processes=2, but 1 is running; try torchrun --nproc_per_node 2"):
-        check_processes(config, {})
+    with pytest.raises(ConfigError, match=r"run.processes=2, but the launcher started 1; let it start 2 \(torchrun"):
+        check_processes(config, {"WORLD_SIZE": "1"})
+    with pytest.raises(ConfigError, match=r"run.processes=2, but distribution=single is one process"):
+        resolve([*REAL, "run.processes=2", "distribution=single"])
 
 
 # --- values as they are typed ---

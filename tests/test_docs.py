@@ -30,6 +30,7 @@ from posttrain.data.columns import Survey
 from posttrain.data.formats import detect_format
 from posttrain.places import package_folder
 from posttrain.stages.base import find, names
+from posttrain.sweep.plan import plan
 
 pytestmark = pytest.mark.usefixtures("warm_process")
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,9 @@ class Command:
 
 
 WHY_NOT: dict[str, Callable[[Command], bool]] = {
-    "it starts several processes": lambda c: c.words[0] in ("torchrun", "accelerate"),
+    "it starts several processes": lambda c: (
+        c.words[0] in ("torchrun", "accelerate") or "run.processes" in c.settings
+    ),  # tests/test_ranks.py, test_launch.py
     "it fetches data from the hub": lambda c: any(
         re.fullmatch(r"[\w-]+/[\w.-]+([:@].*)?", value) and not Path(value).exists()
         for key, value in c.settings.items()
@@ -156,6 +159,9 @@ def run_posttrain(command: Command, number: int) -> None:
     if command.mentioned and len(command.words) == 2 and command.verb:
         return  # a verb's name; that it is one, `verb` has found
     arguments = list(command.ours)
+    if cli.MULTIRUN in arguments:
+        assert plan([argument for argument in arguments if argument != cli.MULTIRUN]).jobs
+        return  # tests/test_sweep.py runs some
     if "--help" not in arguments and cli.VERBS[verb].takes_config:
         stage = resolve(cli.split_verb(arguments)[1], verb).stage
         if any(applies(command) for applies in WHY_NOT.values()):

@@ -10,7 +10,7 @@ import posttrain
 
 PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
-    {"stats", "errors", "places", "disk", "allocator"},
+    {"stats", "errors", "places", "disk", "allocator", "launch"},
     {"data", "models"},
     {"rollout", "sampling", "rewards", "verify", "optim"},
     {"stages"},
@@ -50,13 +50,13 @@ STOREYS = [
         "summary",
     },
     {"config"},
-    {"tools"},
+    {"tools", "sweep"},
     {"cli"},
 ]
 """From the ground up; a module imports from its own storey and those below. A new module must be given its place here."""
 
 STOREY = {room: height for height, rooms in enumerate(STOREYS) for room in rooms}
-READS_CONFIG = {"cli", "tools", "config", "__init__", "__main__"}
+READS_CONFIG = {"cli", "tools", "sweep", "config", "__init__", "__main__"}
 
 
 def room_of(module: str) -> str:

@@ -5,7 +5,7 @@ conf/config.yaml, types and ranges in schema.py, what cannot be together in chec
 """
 
 from posttrain.config.check import check_processes
-from posttrain.config.compose import resolve
+from posttrain.config.compose import resolve, resolve_section
 from posttrain.config.schema import (
     SECTIONS,
     AdapterConfig,
@@ -20,6 +20,7 @@ from posttrain.config.schema import (
     PrecisionConfig,
     RunConfig,
     ScheduleConfig,
+    SweepConfig,
     TrainConfig,
 )
 
@@ -37,7 +38,9 @@ __all__ = [
     "PrecisionConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SweepConfig",
     "TrainConfig",
     "check_processes",
     "resolve",
+    "resolve_section",
 ]

@@ -32,17 +32,27 @@ def check(config: Config, verb: str = "train") -> None:
         raise ConfigError(
             f"eval.verifier={config.eval.verifier} needs answers to verify, but eval.generate=0; try eval.generate=100"
         )
+    typed = [override for override in config.overrides if override.lstrip("+").startswith("sweep.")]
+    if typed:
+        raise ConfigError(f"{typed[0]} is of sweeps alone: posttrain --multirun {typed[0]} ...; leave it out here")
     config.stage.check()
 
 
 def check_processes(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """run.processes says how many the user expects; a launcher that started another number is a mistake to be told."""
+    """run.processes says how many the user expects; another number is a mistake to be told."""
     expected, world = config.run.processes, int(environment.get("WORLD_SIZE", "1"))
-    if expected is not None and expected != world:
+    if expected is None or expected == world:
+        return
+    if "WORLD_SIZE" in environment or "RANK" in environment:
         raise ConfigError(
-            f"run.processes={expected}, but {world} {'is' if world == 1 else 'are'} running; "
-            f"try torchrun --nproc_per_node {expected} -m posttrain ..."
+            f"run.processes={expected}, but the launcher started {world}; let it start {expected} (torchrun "
+            f"--nproc_per_node {expected} -m posttrain ...), leave run.processes out, or leave the launcher out: posttrain "
+            f"run.processes={expected} ... starts them itself"
         )
+    raise ConfigError(
+        f"run.processes={expected}, but from Python a run is the one process that calls it; leave run.processes out, or "
+        f"start it from a shell: posttrain run.processes={expected} ..."
+    )
 
 
 def _check_model_and_data(config: Config, verb: str) -> None:
@@ -93,6 +103,10 @@ def _check_streaming(config: Config, verb: str) -> None:
 
 def _check_distribution(config: Config) -> None:
     name = config.distribution.name
+    if name == "single" and (config.run.processes or 1) > 1:
+        raise ConfigError(
+            f"run.processes={config.run.processes}, but distribution=single is one process; set distribution=ddp"
+        )
     if config.distribution.cpu_offload and name not in ("fsdp", "deepspeed"):
         raise ConfigError(
             f"distribution.cpu_offload=true is of distribution=fsdp or deepspeed, and distribution={name}; leave it out, or set "

@@ -43,6 +43,29 @@ def resolve(argv: Iterable[str], verb: str = "train") -> Config:
     verb: what the config is for; `eval` needs no data.train, and with eval.harness no data.
     """
     argv = list(argv)
+    flat, defaults, origins, stage_name = _gather(argv)
+    stage = _stage_class(stage_name)
+    judge({k: v for k, v in flat.items() if k.startswith("stage.")}, origins, {"stage": stage}, stage_name)
+    nested, plain = _interpolate(flat, stage_name), _interpolate(defaults, stage_name)
+    sections = {
+        name: build(name, schema, nested.get(name, {}), plain.get(name, {}), origins)
+        for name, schema in {"stage": stage, **SECTIONS}.items()
+    }
+    config = Config(stage_name=stage_name, **sections, overrides=argv)
+    check(config, verb)
+    return config
+
+
+def resolve_section(argv: Iterable[str], name: str) -> Any:
+    """One section alone, such as run, for who decides what to start: no stage is imported, and so no torch. What is wrong
+    with the values of the others is told where the whole is resolved."""
+    flat, defaults, origins, stage_name = _gather(list(argv))
+    nested, plain = _interpolate(flat, stage_name), _interpolate(defaults, stage_name)
+    return build(name, SECTIONS[name], nested[name], plain[name], origins)
+
+
+def _gather(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str], str]:
+    """Keys and values of all layers, flat; the defaults among them; where each comes from; the stage's name."""
     arguments = read_arguments(argv)
     found = folders(arguments.config_dirs)
     layers = [recipe_layer(found.recipe(name), found) for name in arguments.recipes]
@@ -55,18 +78,9 @@ def resolve(argv: Iterable[str], verb: str = "train") -> Config:
         apply(flat, layer)
     origins = {key: layer.source for layer in layers for key in layer.values}
     origins |= {key: source for key, source in _group_sources(choices, found).items() if key not in origins}
-    stage_name = flat.pop("stage.name")
+    stage_name = str(flat.pop("stage.name"))
     judge(flat, origins, SECTIONS)
-    stage = _stage_class(str(stage_name))
-    judge({k: v for k, v in flat.items() if k.startswith("stage.")}, origins, {"stage": stage}, str(stage_name))
-    nested, plain = _interpolate(flat, str(stage_name)), _interpolate(defaults, str(stage_name))
-    sections = {
-        name: build(name, schema, nested.get(name, {}), plain.get(name, {}), origins)
-        for name, schema in {"stage": stage, **SECTIONS}.items()
-    }
-    config = Config(stage_name=str(stage_name), **sections, overrides=argv)
-    check(config, verb)
-    return config
+    return flat, defaults, origins, stage_name
 
 
 def _with_embedded(layers: list[Layer], found: Folders) -> list[Layer]:

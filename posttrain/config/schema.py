@@ -184,6 +184,22 @@ class LogConfig:
     report: bool
 
 
+@dataclass
+class SweepConfig:
+    """How the jobs of `posttrain --multirun` are run. It is of no single run, so no run's record has it."""
+
+    launcher: Literal["local", "slurm"]
+    partition: str | None
+    account: str | None
+    gpus: int | None = field(metadata={"min": 0})
+    cpus: int | None = field(metadata={"min": 1})
+    memory_gb: float | None = field(metadata={"above": 0})
+    timeout_minutes: int = field(metadata={"min": 1})
+    requeues: int = field(metadata={"min": 0})
+    max_parallel: int | None = field(metadata={"min": 1})
+    setup: list[str]
+
+
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
@@ -197,6 +213,7 @@ SECTIONS: dict[str, type] = {
     "distribution": DistributionConfig,
     "run": RunConfig,
     "log": LogConfig,
+    "sweep": SweepConfig,
 }
 """Every section but the stage's own, whose dataclass is the stage itself."""
 
@@ -219,12 +236,14 @@ class Config:
     distribution: DistributionConfig
     run: RunConfig
     log: LogConfig
+    sweep: SweepConfig
     overrides: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, JSON and YAML alike, in the order of conf/config.yaml; the stage's name is stage.name."""
+        """Plain values, JSON and YAML alike, in the order of conf/config.yaml; the stage's name is stage.name.
+        sweep.* is left out: it says how several runs were started, and nothing of this one."""
         stage = {"name": self.stage_name, **asdict(self.stage)}
-        return {"stage": stage, **{name: asdict(getattr(self, name)) for name in SECTIONS}}
+        return {"stage": stage, **{name: asdict(getattr(self, name)) for name in SECTIONS if name != "sweep"}}
 
     def to_yaml(self) -> str:
         """A recipe that gives this config again, whatever the defaults have become by then."""

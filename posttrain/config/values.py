@@ -60,7 +60,7 @@ def describe(hint: Any) -> str:
 def parse(text: str) -> Any:
     """What was typed as Hydra's grammar reads it, else YAML's for what is in brackets, else the text itself."""
     try:
-        override = _parser().parse_override(f"key={text}")
+        override = override_parser().parse_override(f"key={text}")
         if not override.is_sweep_override():
             value = override.value()
             if value is None or isinstance(value, str | bool | int | float | list | dict):
@@ -82,7 +82,7 @@ def is_set(value: Any) -> bool:
 
 
 @cache
-def _parser() -> OverridesParser:
+def override_parser() -> OverridesParser:
     return OverridesParser.create()
 
 

@@ -24,6 +24,14 @@ of runs that have one."""
 UNDECIDED = {"gpro": ("reward",)}
 """Scores of a stage that may move either way while it does what it should."""
 
+_DPO_MARGINS = ("link", "length_normalized", "reference_free")
+MEASURED_WITH: dict[str, dict[str, tuple[str, ...]]] = {
+    "dpo": {"nll": ("beta", *_DPO_MARGINS), "pair_accuracy": _DPO_MARGINS},
+    "gpro": {"nll": ("beta",), "objective": ("beta", "form", "link", "target", "z_max", "normalize_rewards")},
+    "ppo": {"reward": ("rewards", "reward_weights")},
+}
+"""Of a stage's headlines the keys stage.* that they are measured with: where those differ, so does what the score is of."""
+
 
 def watched(stage: str) -> str:
     """The metric by which this stage's best checkpoint is chosen."""
