@@ -7,12 +7,12 @@
 #   sbatch --export=ALL,POSTTRAIN_IMAGE=$PWD/posttrain.sif docker/slurm.sh model=smollm2_135m data.train=my.jsonl
 #
 # What stands behind the script are settings of `posttrain train`. sbatch hands its environment on: activate the one that has
-# posttrain first, or name an Apptainer image of it (apptainer build posttrain.sif docker-daemon:posttrain:latest), which must
-# see the same folders (APPTAINER_BIND). Every node must see the run's directory (run.dir, else runs/slurm-JOBID here) and
+# posttrain first, or name an Apptainer image of it (apptainer build posttrain.sif docker-daemon:posttrain:latest), whose /cache
+# becomes ~/.cache (XDG_CACHE_HOME); folders outside of home and the working directory it sees by APPTAINER_BIND. Every node must see the run's directory (run.dir, else runs/slurm-JOBID here) and
 # data.cache (else ~/.cache/posttrain). A recipe that streams its data needs data.streaming=true here too.
 #
-# Status: 0 done; 2 a mistake in the config or the data, found before any GPU waits for it; 1 a failure. None of them goes back
-# into the queue. A node that fails takes the job back there too, by SLURM itself, and the run goes on from its checkpoint.
+# Status: 0 done; 2 a mistake in the config or the data, found by `posttrain prepare`; 1 a failure. None of them goes back into
+# the queue. A node that fails takes the job back there too, by SLURM itself, and the run goes on from its checkpoint.
 #
 # SLURM reads these lines; options of sbatch itself win over them.
 #SBATCH --job-name=posttrain
@@ -92,7 +92,9 @@ step() { # srun, waited for in a way that lets the traps run; $status is its exi
 
 inside() { # becomes the command, in the image if there is one: SLURM signals the process that it started itself
   if [[ -n ${POSTTRAIN_IMAGE:-} ]]; then
-    exec apptainer exec --nv "$POSTTRAIN_IMAGE" "$@"
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}
+    mkdir -p "$cache"
+    exec env -u XDG_CACHE_HOME apptainer exec --nv --bind "$cache:/cache" "$POSTTRAIN_IMAGE" "$@"
   fi
   exec "$@"
 }

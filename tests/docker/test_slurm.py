@@ -200,11 +200,18 @@ def test_sizes_are_slurms(
 
 def test_the_settings_own_directory_and_an_image(job: Callable[..., Job], programs: Path) -> None:
     ours = job(bin=programs, variables={"POSTTRAIN_IMAGE": "/images/posttrain.sif"})
-    status, said = ours.run("data.streaming=true", "run.dir=runs/mine")
+    status, said = ours.run("run.dir=runs/mine")
     assert status == 0, said
-    assert ours.asked("posttrain") == [], "a stream has nothing to prepare"
-    assert ours.asked("images") == ["/images/posttrain.sif"]
-    assert ours.asked("torchrun")[0].endswith("-m posttrain run.processes=1 data.streaming=true run.dir=runs/mine")
+    assert ours.asked("posttrain")[0].startswith("prepare run.processes=1 run.dir=runs/mine")
+    assert ours.asked("images") == ["/images/posttrain.sif /cache"] * 2
+    assert ours.asked("torchrun")[0].endswith("-m posttrain run.processes=1 run.dir=runs/mine")
+
+
+def test_a_stream_has_nothing_to_prepare(job: Callable[..., Job], programs: Path) -> None:
+    ours = job(bin=programs)
+    assert ours.run("data.streaming=true", "train.steps=9")[0] == 0
+    assert ours.asked("posttrain") == []
+    assert len(ours.asked("torchrun")) == 1
 
 
 @pytest.mark.parametrize(
