@@ -77,7 +77,7 @@ trap on_notice USR1
 trap on_term TERM
 
 step() { # srun, waited for in a way that lets the traps run; $status is its exit status
-  srun "$@" &
+  srun --export=ALL "$@" & # also where sbatch was told --export=NONE
   local srun=$! ended
   status=127
   while :; do

@@ -140,11 +140,12 @@ def test_two_nodes_are_one_run_that_is_stopped_requeued_and_goes_on(job: Callabl
 
 TORCHRUN = """#!/usr/bin/env bash
 echo "$OMP_NUM_THREADS $TORCH_ELASTIC_SHUTDOWN_TIMEOUT $*" >>"$FAKE_SLURM/torchrun"
-end() { if [[ -n ${SAVES:-} ]]; then mkdir -p "$SAVES/checkpoints/step-000007"; fi; exit 1; }
+end() { if [[ -n ${SAVES:-} ]]; then mkdir -p "$SAVES/checkpoints/step-000007"; fi; exit "${TORCHRUN_STATUS:-1}"; }
 trap end TERM
 touch "$FAKE_SLURM/training"
 while [[ -n ${TRAINS:-} ]]; do sleep 0.02; done
-exit "${TORCHRUN_STATUS:-0}"
+TORCHRUN_STATUS=${TORCHRUN_STATUS:-0}
+end
 """
 POSTTRAIN = """#!/usr/bin/env bash
 echo "$*" >>"$FAKE_SLURM/posttrain"
@@ -219,15 +220,17 @@ def test_a_stream_has_nothing_to_prepare(job: Callable[..., Job], programs: Path
     [
         ({"POSTTRAIN_STATUS": "2"}, 2, False),  # a mistake in the config: nothing is launched for it
         ({"TORCHRUN_STATUS": "1"}, 1, True),
-        ({"TORCHRUN_STATUS": "0"}, 0, True),
+        ({"TORCHRUN_STATUS": "1", "SAVES": "run"}, 1, True),  # it would fail again
+        ({"TORCHRUN_STATUS": "0", "SAVES": "run"}, 0, True),
     ],
 )
 def test_an_end_without_notice_is_no_requeue(
     job: Callable[..., Job], programs: Path, statuses: dict[str, str], told: int, launched: bool
 ) -> None:
     ours = job(bin=programs, variables=statuses)
-    status, said = ours.run("train.steps=5")
+    status, said = ours.run("train.steps=5", "run.dir=run")
     assert status == told, said
+    assert Path("run/checkpoints").is_dir() == ("SAVES" in statuses)
     assert bool(ours.asked("torchrun")) == launched
     assert ours.asked("requeued") == []
 
