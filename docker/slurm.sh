@@ -8,8 +8,10 @@
 #
 # What stands behind the script are settings of `posttrain train`. sbatch hands its environment on: activate the one that has
 # posttrain first, or name an Apptainer image of it (apptainer build posttrain.sif docker-daemon:posttrain:latest), whose /cache
-# becomes ~/.cache (XDG_CACHE_HOME); folders outside of home and the working directory it sees by APPTAINER_BIND. Every node must see the run's directory (run.dir, else runs/slurm-JOBID here) and
-# data.cache (else ~/.cache/posttrain). A recipe that streams its data needs data.streaming=true here too.
+# becomes ~/.cache (XDG_CACHE_HOME); folders outside of home and the working directory it sees by APPTAINER_BIND.
+#
+# Every node must see the run's directory (run.dir, else runs/slurm-JOBID here) and data.cache (else ~/.cache/posttrain). A
+# recipe that streams its data needs data.streaming=true here too.
 #
 # Status: 0 done; 2 a mistake in the config or the data, found by `posttrain prepare`; 1 a failure. None of them goes back into
 # the queue. A node that fails takes the job back there too, by SLURM itself, and the run goes on from its checkpoint.
@@ -40,6 +42,7 @@ fi
 nodes=$SLURM_JOB_NUM_NODES
 per_node=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-1}} # of a job without GPUs: one process a node
 per_node=${per_node##*:}                                   # --gpus-per-node=a100:4
+if ((per_node < 1)); then per_node=1; fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 export PER_NODE=$per_node
