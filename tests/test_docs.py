@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cluster_commands
 import pytest
 
 import posttrain
@@ -36,7 +37,8 @@ pytestmark = pytest.mark.usefixtures("warm_process")
 ROOT = Path(__file__).resolve().parent.parent
 README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 RECIPES = sorted(package_folder("recipes").glob("*.yaml"))
-PROGRAMS = ("posttrain", "make", "pip", "torchrun", "accelerate", "cp")
+CLUSTER = ("docker", "sbatch", "kubectl")
+PROGRAMS = ("posttrain", "make", "pip", "torchrun", "accelerate", "cp", *CLUSTER)
 SMALL = {
     "train.steps": "2",
     "schedule.warmup_steps": "1",
@@ -185,6 +187,8 @@ def run_command(command: Command, number: int) -> None:
         assert (Path(sys.executable).parent / program).exists()
         assert command.words[command.words.index("posttrain") - 1] == "-m"
         resolve(command.ours)
+    elif program in CLUSTER:
+        cluster_commands.check(list(command.words))
     elif program == "cp":
         assert (ROOT / rest[-1]).exists()
     else:

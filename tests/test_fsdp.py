@@ -104,7 +104,7 @@ def test_half_precision_and_adapters(posttrain_process: Run, options: list[str])
                                "eval.max_new_tokens=4", "run.dir=again", verb="eval")  # fmt: skip
     assert scored["status"] == 0, scored["output"]
     again = [json.loads(line) for line in Path("again/samples.jsonl").read_text().splitlines()]
-    assert [a["after"]["answer"] for a in answers] == [a["after"]["answer"] for a in again]
+    assert [a["after"]["answer"] for a in answers] == [a["before"]["answer"] for a in again]
 
 
 def test_saved_weights_are_whole(posttrain_process: Run) -> None:
