@@ -22,6 +22,7 @@ from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
 from posttrain.errors import DataError, ModelError
+from posttrain.models.float8 import float8_of
 from posttrain.models.networks import build_network
 from posttrain.models.others import other_model, told_of
 from posttrain.models.probe import check_forward
@@ -132,9 +133,14 @@ class Reference:
             self._digest = weights_digest(self._policy)
         parts = {
             "version": VERSION, "torch": torch.__version__, "device": self.runtime.device.type, "weights": self._digest,
-            "precision": self.runtime.precision, "data": fingerprint, "side": side, "packing": asdict(self.packing),
+            "precision": self._arithmetic(), "data": fingerprint, "side": side, "packing": asdict(self.packing),
         }  # fmt: skip
         return cache.digest(parts)
+
+    def _arithmetic(self) -> str:
+        """The precision, and of fp8 how."""
+        float8 = float8_of(self.cfg.precision)
+        return self.runtime.precision + (f" {float8}" if float8 else "")
 
     def _directory(self, key: str) -> Any:
         return cache.cache_root(self.cfg.data.cache) / f"reference-{key}"
@@ -162,7 +168,8 @@ def reference_network(cfg: Config, runtime: Runtime) -> Any:
     if given is not None:
         model, adapter = other_model(model, given), replace(adapter, name="none", path=None)
     with told_of("model.reference") if given is not None else nullcontext():
-        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed)[0]
+        float8 = float8_of(cfg.precision)
+        return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, float8=float8)[0]
 
 
 @torch.no_grad()

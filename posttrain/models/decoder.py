@@ -27,6 +27,7 @@ class Decoder(nn.Module):
         self.accepts_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.routers = Routers(self.backbone)
         self.is_mixture = bool(self.routers)
+        self.float8 = ""  # what precision=fp8 made of its linear modules, in a line
 
     @property
     def network(self) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
+from posttrain.models.float8 import Float8, convert
 from posttrain.models.lineage import resolve_path
 from posttrain.models.load import load_config, load_model
 from posttrain.models.others import other_model, told_of
@@ -70,11 +71,13 @@ def build_network(
     checkpointing: bool = False,
     head: Head | None = None,
     critic: bool = False,
+    float8: Float8 | None = None,
 ) -> tuple[Decoder, str]:
     """The network on the CPU and a line about its adapter: a policy (with `critic` also a critic), or with `head` a reward
     model.
 
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
+    float8: what its linear modules (a critic's of its own, too) multiply in under autocast, where that is not bf16.
     """
     config = load_config(model)
     if head is not None:
@@ -88,11 +91,16 @@ def build_network(
         _recompute_activations(network)
     if frozen:
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
-    if head is not None:
-        return RewardModel(network, head.pooling, head.ends), described
-    policy = Policy(network)
+    decoder = Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)
+    if float8 is not None:
+        decoder.float8 = convert(decoder, float8, adapted=frozen)
+    if not isinstance(decoder, Policy):
+        return decoder, described
+    policy = decoder
     if critic and model.critic is not None:
         policy.critic = load_critic(model, seed, checkpointing)
+        if float8 is not None:
+            policy.critic.float8 = convert(policy.critic, float8, adapted=False)
     elif critic:
         policy.critic = head_on(policy, adapter.path or model.path)
     return policy, described
