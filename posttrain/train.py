@@ -238,7 +238,7 @@ class Trainer:
             return False
         if self.scaler.is_at_floor:
             raise TrainingError(
-                f"the loss scale fell to {self.scaler.value:g} and gradients are still not finite: {found}. "
+                f"the loss scale fell to {self.scaler.value:,.0f} and gradients are still not finite: {found}. "
                 "Try a smaller optim.lr, or precision=bf16, which needs no loss scale"
             )
         before = self.scaler.value
@@ -246,7 +246,7 @@ class Trainer:
         self.state.skipped_steps += 1
         self.session.console.line(
             f"  · step {self.state.step + 1}: a gradient overflowed fp16, so nothing was updated; "
-            f"loss scale {before:g} -> {self.scaler.value:g}"
+            f"loss scale {before:,.0f} -> {self.scaler.value:,.0f}"
         )
         return True
 
@@ -279,7 +279,7 @@ class Trainer:
             metrics |= since
         self.logbook.log("train", state.step, metrics)
         shown = [f"{name} {_shown(metrics[name])}" for name in self.cfg.stage.shows if name in metrics]
-        shown += [f"loss scale {self.scaler.value:g}"] if self.scaler is not None else []
+        shown += [f"loss scale {self.scaler.value:,.0f}"] if self.scaler is not None else []
         shown += [f"{speed:,.0f} tok/s"] if speed else []
         self.session.console.logged(state.step, self.session.steps, "  ".join(shown))
         for line in self.session.loader.news():
