@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from posttrain.runtime import Runtime
 
 VERSION = 1
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp8": 1.5}
 HALF_TOLERANCE = 0.3
 """By how many nats, times √T for a response of T tokens, the start may differ from its own stored log-probs: other batches
 round otherwise, each token apart from the next. In bf16 a 135 M model's tokens differ by .06 (standard deviation), its
-responses by at most .1·√T."""
+responses by at most .1·√T. In fp8 (tensorwise: the scale is of all that stands in a forward) its tokens differ by .31."""
 
 
 def attach(

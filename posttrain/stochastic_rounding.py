@@ -72,7 +72,9 @@ def _update(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], 
     m = first.float().lerp_(grad, 1 - beta1)
     v = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    new = (w * (1 - group["lr"] * group["weight_decay"])).addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
+    new = (w * (1 - group["lr"] * group["weight_decay"])).addcdiv_(
+        m, denominator, value=-group["lr"] / (1 - beta1**step)
+    )
     for kept, exact in ((first, m), (second, v), (weight, new)):
         kept.copy_(stochastic_round(exact, generator) if kept.dtype == torch.bfloat16 else exact)
 

@@ -90,7 +90,9 @@ def test_resumed_in_the_middle_it_is_the_same_run(run: Run) -> None:
     assert_same_run("r", "whole")
 
 
-def test_the_schedule_follows_the_steps_number_whether_skipped_or_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_schedule_follows_the_steps_number_whether_skipped_or_not(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("precision=fp16", "train.steps=3", "batch.size=2", "schedule=linear", "schedule.warmup_steps=0")
     monkeypatch.setattr("posttrain.precision.START_SCALE", 2.0**30)
     run(*options, "run.dir=r", "data.eval=embedded:prompt_completion:4:held_out")
@@ -121,7 +123,11 @@ def test_all_ranks_skip_where_one_overflows(posttrain_process: Run) -> None:
         ranks=2, on_rank=1, poison=spoilt,
     )  # fmt: skip
     assert done["statuses"] == [0, 0], done["output"]
-    assert [(line["skipped_steps"], line["loss_scale"]) for line in trained("r")] == [(0, 65536), (1, 32768), (1, 32768)]
+    assert [(line["skipped_steps"], line["loss_scale"]) for line in trained("r")] == [
+        (0, 65536),
+        (1, 32768),
+        (1, 32768),
+    ]
 
 
 STAGES = {
@@ -158,7 +164,9 @@ def test_the_scale_is_settled_by_the_norm_alone() -> None:
     assert other.value == 32768
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
 def test_a_wrapped_module_computes_under_autocast_and_so_does_its_copy(precision: str, dtype: torch.dtype) -> None:
     runtime = Runtime(precision, "single")
     module = nn.Linear(4, 4)

@@ -1,9 +1,10 @@
 """precision=fp8: a network's linear modules become float8 ones (float8_linear.py); which, and why the others do not.
 
-In bf16 stay, as torchao's and Accelerate's users have it, the first and the last linear module (the last is the output or the
-score layer, whose weight is read as it is); what is not a multiple of 16 wide, which the products need; a mixture's routers,
-whose choices are made by small differences; under an adapter all that trains, which are its own small matrices; and, of a
-state-space mixer, what fused kernels read past the module. Parameters, their names and what is saved stay the same.
+In bf16 stay the first and the last layer of the decoder (as in Megatron's --first-last-layers-bf16 and arXiv:2504.03624; of the
+embedded model's loss in float8 the first layer alone spoils two thirds of what all do) and the output or score layer, whose
+weight is read as it is; what is not a multiple of 16 wide, which the products need; a mixture's routers, whose choices are made
+by small differences; under an adapter all that trains, which are its own small matrices; and, of a state-space mixer, what
+fused kernels read past the module. Parameters, their names and what is saved stay the same.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 MULTIPLE = 16
 ELSEWHERE = "use precision=bf16"
-FIRST, LAST = ONE = ("the first", "the last")
+OUTPUT = "the output layer"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def convert(decoder: Decoder, float8: Float8, adapted: bool) -> str:
             kept[reason] += 1
         else:
             chosen.append((name, module))
-    told = ", ".join(reason if reason in ONE else f"{count} {reason}" for reason, count in kept.items())
+    told = ", ".join(reason if reason == OUTPUT else f"{count} {reason}" for reason, count in kept.items())
     if not chosen:
         found = f"of its {sum(kept.values())} none can be converted ({told})" if kept else "it has none"
         raise ModelError(
@@ -110,35 +111,35 @@ def convert(decoder: Decoder, float8: Float8, adapted: bool) -> str:
 
 def _judged(network: Any, adapted: bool) -> Iterator[tuple[str, nn.Linear, str]]:
     """Every linear module that text reaches, and why it stays; "" where it is to be converted."""
-    inside = set(text_decoder(network).modules())
-    special = {id(module) for router, _ in Routers(network).modules for module in router.modules()}
-    fused = {id(module) for mixer in network.modules() for module in _read_past(mixer)}
-    seen_first = False
+    decoder, outputs = text_decoder(network), _outputs(network)
+    inside, ends = set(decoder.modules()), _ends(decoder)
+    routers = {module for router, _ in Routers(network).modules for module in router.modules()}
+    fused = {module for mixer in network.modules() for module in _read_past(mixer)}
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or not (module in inside or module in outputs):
             continue
-        own = adapted and module.weight.requires_grad
-        if module not in inside:
-            if module in _last(network):
-                yield name, module, LAST
-            continue
-        reason = ""
-        if own:
-            reason = "of the adapter"
-        elif type(module) is not nn.Linear:
-            reason = f"of type {type(module).__name__}"
-        elif id(module) in special:
-            reason = "routers"
-        elif id(module) in fused:
-            reason = "read by fused kernels"
-        elif not seen_first:
-            reason, seen_first = FIRST, True
-        elif module.in_features % MULTIPLE or module.out_features % MULTIPLE:
-            reason = f"not a multiple of {MULTIPLE} wide"
-        yield name, module, reason
+        reasons = {
+            OUTPUT: module in outputs,
+            "of the adapter": adapted and module.weight.requires_grad,
+            f"of type {type(module).__name__}": type(module) is not nn.Linear,
+            "in the first and the last layer": module in ends,
+            "of routers": module in routers,
+            "read by fused kernels": module in fused,
+            f"not a multiple of {MULTIPLE} wide": bool(module.in_features % MULTIPLE or module.out_features % MULTIPLE),
+        }
+        yield name, module, next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _last(network: Any) -> set[Any]:
+def _ends(decoder: nn.Module) -> set[nn.Module]:
+    """All modules in the first and the last of the decoder's layers, and what stands before the first."""
+    layers = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)), None)
+    if layers is None:
+        return set()
+    between = {module for layer in list(layers)[1:-1] for module in layer.modules()}
+    return set(decoder.modules()) - between
+
+
+def _outputs(network: Any) -> set[Any]:
     """The output layer, or a reward model's score layer (inside an adapter that trains it: its copies)."""
     head = network.get_output_embeddings() or getattr(network, "score", None)
     return set(head.modules()) if head is not None else set()
