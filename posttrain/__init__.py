@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,11 @@ if TYPE_CHECKING:
     from posttrain.train import Summary
 
 __version__ = "0.1.0"
+
+# Where torchao is installed transformers imports it, whatever the run; on a machine without a GPU it then warns of kernels for
+# GPUs, and makes torch warn of how it registers its enums.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "register_constant" not in str(record.msg))
 
 
 def run(overrides: Iterable[str] = ()) -> Summary:

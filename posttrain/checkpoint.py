@@ -47,6 +47,8 @@ class TrainState:
     pooled: list[dict[str, list[float]]] = field(default_factory=list)
     reference: dict[str, str] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+    skipped_steps: int = 0
 
 
 def name_of(step: int) -> str:

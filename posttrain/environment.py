@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "hydra-core", "numpy", "scipy")
-OPTIONAL = ("lm-eval",)
+OPTIONAL = ("lm-eval", "torchao")
 """Recorded where they are installed: what a score is depends on them too."""
 
 

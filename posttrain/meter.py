@@ -18,6 +18,7 @@ TERM = "term/"
 PEAK = "peak/"
 ALIKE = ("grad_norm", "clipped")
 """Known to every rank alike: never summed over ranks."""
+LOSS_AT_FAULT = "the loss is not finite"
 
 
 class Meter:
@@ -40,10 +41,11 @@ class Meter:
             pair = self.sums.setdefault(f"{PEAK}{name}", [0.0, 1.0])
             pair[0] = torch.maximum(torch.as_tensor(pair[0]).to(value), value)
 
-    def add_step(self, norm: float, max_norm: float, tokens: int, seconds: float) -> None:
-        """One optimizer step; this process's first is not timed, for it warms up."""
-        self._add("grad_norm", norm, 1.0)
-        self._add("clipped", float(norm > max_norm), 1.0)
+    def add_step(self, norm: float | None, max_norm: float, tokens: int, seconds: float) -> None:
+        """One optimizer step; this process's first is not timed, for it warms up. norm: None where it was skipped."""
+        if norm is not None:
+            self._add("grad_norm", norm, 1.0)
+            self._add("clipped", float(norm > max_norm), 1.0)
         self.steps += 1
         self.line = (self.line[0] + tokens, self.line[1] + seconds)
         if self.steps > 1:
@@ -108,7 +110,7 @@ def not_finite(norm: Tensor, losses: Tensor, step: Step) -> str | None:
         return None
     what, suspects = f"the gradient is not finite ({float(norm)})", step.micro_batches
     if not good.all():
-        what = "the loss is not finite"
+        what = LOSS_AT_FAULT
         suspects = [m for m, fine in zip(step.micro_batches, good.tolist(), strict=True) if not fine]
     ids = [i for micro in suspects for i in micro.ids]
     shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")

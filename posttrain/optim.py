@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from posttrain.errors import ConfigError
+from posttrain.stochastic_rounding import AdamWBF16
 
 if TYPE_CHECKING:
     from posttrain.config import OptimConfig, ScheduleConfig
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "paged_adamw": "PagedAdamW"}
 
 
-def build_optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Over the parameters that train, in two groups: with and without weight decay."""
+def build_optimizer(module: nn.Module, optim: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """Over the parameters that train, in two groups: with and without weight decay. seed: of what rounds at random."""
     groups = parameter_groups(module, optim.weight_decay, optim.decay_all)
     betas = (float(optim.betas[0]), float(optim.betas[1]))
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    if optim.name == "adamw_bf16":
+        return AdamWBF16(groups, lr=optim.lr, betas=betas, eps=optim.eps, seed=seed)
     import bitsandbytes
 
     cls = getattr(bitsandbytes.optim, EIGHT_BIT[optim.name])

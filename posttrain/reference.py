@@ -22,6 +22,7 @@ from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
 from posttrain.errors import DataError, ModelError
+from posttrain.models.float8 import float8_of
 from posttrain.models.networks import build_network
 from posttrain.models.others import other_model, told_of
 from posttrain.models.probe import check_forward
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from posttrain.runtime import Runtime
 
 VERSION = 1
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "fp8": 1.5}
 HALF_TOLERANCE = 0.3
 """By how many nats, times √T for a response of T tokens, the start may differ from its own stored log-probs: other batches
 round otherwise, each token apart from the next. In bf16 a 135 M model's tokens differ by .06 (standard deviation), its
-responses by at most .1·√T."""
+responses by at most .1·√T. In fp8 (tensorwise: the scale is of all that stands in a forward) its tokens differ by .31."""
 
 
 def attach(
@@ -134,9 +135,14 @@ class Reference:
             self._digest = weights_digest(self._policy)
         parts = {
             "version": VERSION, "torch": torch.__version__, "device": self.runtime.device.type, "weights": self._digest,
-            "precision": self.runtime.precision, "data": fingerprint, "side": side, "packing": asdict(self.packing),
+            "precision": self._arithmetic(), "data": fingerprint, "side": side, "packing": asdict(self.packing),
         }  # fmt: skip
         return cache.digest(parts)
+
+    def _arithmetic(self) -> str:
+        """The precision, and of fp8 how."""
+        float8 = float8_of(self.cfg.precision)
+        return self.runtime.precision + (f" {float8}" if float8 else "")
 
     def _directory(self, key: str) -> Any:
         return cache.cache_root(self.cfg.data.cache) / f"reference-{key}"
@@ -164,9 +170,11 @@ def reference_network(cfg: Config, runtime: Runtime) -> Any:
     if given is not None:
         model, adapter = other_model(model, given), replace(adapter, name="none", path=None)
     with told_of("model.reference") if given is not None else nullcontext():
-        quantized = adapter.name == "qlora"
+        quantized, float8 = adapter.name == "qlora", float8_of(cfg.precision)
         shape_only = not runtime.reads_weights(quantized)
-        network = build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, shape_only=shape_only)[0]
+        network, _ = build_network(
+            model, adapter, runtime.compute_dtype, cfg.train.seed, float8=float8, shape_only=shape_only
+        )
     return runtime.place(network, quantized) if runtime.shards else network
 
 

@@ -9,6 +9,8 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,7 @@ from posttrain.alarm import Alarm
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, tell_here
 from posttrain.models.sharding import shard, whole
-
-MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
-COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+from posttrain.precision import COMPUTE, LossScaler, check_device, check_environment, described
 
 
 class Runtime:
@@ -49,8 +49,9 @@ class Runtime:
             os.environ.pop("ACCELERATE_USE_FSDP", None)  # agreed with; what is sharded, and how, is decided here
             _join()
         AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
+        # autocast and the loss scale are ours alone (Accelerate has neither for fp16 on a CPU): never twice
         self.accelerator = Accelerator(
-            mixed_precision=MIXED[precision], cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
+            mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=handlers
         )
         self.precision, self.compute_dtype = precision, COMPUTE[precision]
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
@@ -58,17 +59,18 @@ class Runtime:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.alarm = Alarm(self.rank, self.world) if self.world > 1 and "MASTER_PORT" in os.environ else None
-        if self.device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported():
-            raise ConfigError("precision=bf16, but this GPU has no bf16; try precision=fp32")
+        check_device(precision, self.device)
+        self.loss_scaler = LossScaler(self.device) if precision == "fp16" else None
 
     def describe(self) -> str:
         """Device, precision and world size in one line."""
         kind = "FSDP" if self.shards else "DDP"
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
         processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind}, {backend})"
+        precision = described(self.precision, self.device)
         if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}, {processes}"
-        return f"CPU ({torch.get_num_threads()} threads), {self.precision}, {processes}"
+            return f"{torch.cuda.get_device_name(self.device)}, {precision}, {processes}"
+        return f"CPU ({torch.get_num_threads()} threads), {precision}, {processes}"
 
     def reads_weights(self, quantized: bool) -> bool:
         """Whether this rank reads a network's weights itself. Where they will lie in parts rank 0 alone does, and the others
@@ -90,6 +92,7 @@ class Runtime:
         """
         if self.shards:
             return module
+        self._autocast_forward(module)
         self.accelerator.ddp_handler.find_unused_parameters = find_unused
         wrapped: nn.Module = self.accelerator.prepare(module)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
@@ -100,12 +103,20 @@ class Runtime:
     @contextmanager
     def autocast(self, device: torch.device | None = None) -> Iterator[None]:
         """The run's precision, for code that does not go through the wrapped module (generation). device: another one."""
-        if device is None or device.type == self.device.type:
-            with self.accelerator.autocast():
-                yield
-        else:
-            with torch.autocast(device.type, self.compute_dtype, enabled=MIXED[self.precision] != "no"):
-                yield
+        device = device or self.device
+        with torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            yield
+
+    def _autocast_forward(self, module: nn.Module) -> None:
+        """The module's forward under autocast; bound to it as a method is, so that a copy of the module has its own."""
+        forward = type(module).forward
+
+        @wraps(forward)
+        def under(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self.autocast():
+                return forward(this, *args, **kwargs)
+
+        module.forward = MethodType(under, module)
 
     def sync_only(self, last: bool, module: nn.Module) -> Any:
         """Gradients are reduced in the last micro-batch's backward only; but where they lie in parts in each, for a rank has no
@@ -113,7 +124,12 @@ class Runtime:
         return nullcontext() if last or self.shards else self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss if self.loss_scaler is None else self.loss_scaler.scale(loss))
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients as they are, where the loss was scaled; before they are clipped."""
+        if self.loss_scaler is not None:
+            self.loss_scaler.unscale(optimizer)
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Rescale to max_norm; returns the global norm before clipping."""
@@ -242,12 +258,8 @@ def _join() -> None:
 
 def _check_launcher(precision: str | None, distribution: str) -> None:
     """What the launcher or the environment says must not contradict the config."""
-    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision is not None and said not in ("no", MIXED[precision]):
-        raise ConfigError(
-            f"precision={precision}, but the launcher or environment says ACCELERATE_MIXED_PRECISION={said}; "
-            f"unset it (or its accelerate config), or set precision={said}"
-        )
+    if precision is not None:
+        check_environment(precision)
     for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if distribution == LAUNCHED_AS.get(flag):
             continue

@@ -27,6 +27,7 @@ from posttrain.evaluate import Evaluator
 from posttrain.examples import check_slices, describe
 from posttrain.judge import open_judge
 from posttrain.layout import beyond_budget, packing_of, probe_critic, probe_layout
+from posttrain.models.float8 import check_float8, float8_of
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Head, Networks, build_network
 from posttrain.models.others import told_of
@@ -89,11 +90,6 @@ def on_main(runtime: Runtime, function: Callable[[], T]) -> T:
 def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -> Session:
     """Build it all in the order in which a user's mistakes are cheapest to tell: data before weights."""
     cfg.stage.check()
-    if cfg.adapter.name == "none" and cfg.model.dtype in ("bfloat16", "float16"):
-        raise ConfigError(
-            f"model.dtype={cfg.model.dtype} would train weights without fp32 masters, and small updates would be rounded away; "
-            "leave model.dtype=auto (precision=bf16 computes in bf16), or train an adapter"
-        )
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
     check_companions(cfg, tokenizer)
@@ -128,7 +124,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
             loader.packing = probe_critic(cfg, critic, prepared, examples, loader.packing, runtime)
     prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
     reshard(policy)  # the probes' weights are whole still; the optimizer's are each rank's part
-    optimizer = build_optimizer(policy, cfg.optim)
+    optimizer = build_optimizer(policy, cfg.optim, cfg.train.seed)
     state = restore(run, policy, optimizer, runtime, cfg.train.seed)
     start, drawn = None if state.step else policy, rng_state()
     state.reference, found = reference.attach(
@@ -176,7 +172,8 @@ def open_rollout(cfg: Config, runtime: Runtime, ends: set[int], tokenizer: Any, 
 
 
 def check_attention(cfg: Config, runtime: Runtime) -> None:
-    """Kernels that there are on a GPU alone."""
+    """Kernels and products that there are on a GPU alone."""
+    check_float8(float8_of(cfg.precision), runtime.device)
     if cfg.model.attention == "flex_attention" and runtime.device.type == "cpu":
         raise ConfigError(
             "model.attention=flex_attention needs a GPU: on a CPU its kernel has no backward pass; leave model.attention=auto"
@@ -291,5 +288,8 @@ def open_network(
     critic: bool = False,
 ) -> tuple[Any, str]:
     """The network and its adapter's line."""
+    float8 = float8_of(cfg.precision)
     shape_only = not runtime.reads_weights(quantized=adapter.name == "qlora")
-    return build_network(model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head, critic, shape_only)
+    return build_network(
+        model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head, critic, float8, shape_only
+    )

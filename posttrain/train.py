@@ -18,7 +18,7 @@ from posttrain.disk import whole_directory, write_json, writing
 from posttrain.errors import Stopped, TrainingError
 from posttrain.evaluate import Evaluation
 from posttrain.examples import describe, write_data
-from posttrain.meter import Meter, not_finite
+from posttrain.meter import LOSS_AT_FAULT, Meter, not_finite
 from posttrain.models.export import save_model
 from posttrain.optim import learning_rate
 from posttrain.report import narrate
@@ -59,6 +59,9 @@ class Trainer:
     def __init__(self, session: Session, config: dict[str, Any]) -> None:
         self.session, self.config = session, config
         self.runtime, self.state, self.cfg = session.runtime, session.state, session.cfg
+        self.scaler = session.runtime.loss_scaler
+        if self.scaler is not None:
+            self.scaler.load(self.state.loss_scaler)
         self.meter = Meter(session.runtime, session.cfg.stage.weights(), session.state.pooled)
         self.logbook = Logbook(session.run)
         self.page = LivePage(session.run, session.cfg.log.report and self.runtime.is_main, session.console.line)
@@ -178,16 +181,18 @@ class Trainer:
             losses.append(total.detach())
         for parameter in stage.resting(session.networks, step):
             parameter.grad = None
+        runtime.unscale(session.optimizer)
         norm = runtime.clip(session.networks.parameters, self.cfg.optim.max_grad_norm)
-        self._check_finite(norm, torch.stack(losses), step)
+        good = self._check_finite(norm, torch.stack(losses), step)
         lr = learning_rate(self.state.step, session.steps, self.cfg.optim.lr, self.cfg.schedule)
         for group in session.optimizer.param_groups:
             group["lr"] = lr
-        session.optimizer.step()
+        if good:
+            session.optimizer.step()
         session.optimizer.zero_grad(set_to_none=True)
         if runtime.world == 1:
             self.stopping = self.stop.number
-        self._advance(step, float(norm), lr, time.monotonic() - began)
+        self._advance(step, float(norm) if good else None, lr, time.monotonic() - began)
 
     def _global_counts(self, step: Step) -> dict[str, float]:
         """Units of each loss term over the whole step; a signal to any rank travels along, so that all stop together.
@@ -203,8 +208,9 @@ class Trainer:
         self.stopping = self.stop.number or int(signal / ranks) if ranks else 0
         return counts
 
-    def _check_finite(self, norm: torch.Tensor, losses: torch.Tensor, step: Step) -> None:
-        """losses: [micro-batches], of this rank."""
+    def _check_finite(self, norm: torch.Tensor, losses: torch.Tensor, step: Step) -> bool:
+        """Whether to update. What is not finite ends the run, but gradients that overflowed for the loss scale (fp16): they
+        lower it. losses: [micro-batches], of this rank."""
         if (
             not self.state.step and not float(norm) and not self.cfg.stage.answers
         ):  # sampled ones may all be equally good
@@ -215,21 +221,45 @@ class Trainer:
         found = not_finite(norm, losses, step)
         if self.runtime.world > 1:
             found = self._first_cause(norm, found)
+        if found and self._lowers_scale(found):
+            return False
         if found:
             done = checkpoint.complete(self.session.run.checkpoints)
+            other = "bf16, which has fp32's range" if self.scaler is not None else "fp32"
             raise TrainingError(
                 f"{found}. Nothing was updated; the last good checkpoint is {done[-1] if done else 'none yet'}. "
-                "Try a smaller optim.lr, or precision=fp32"
+                f"Try a smaller optim.lr, or precision={other}"
             )
+        if self.scaler is not None:
+            self.scaler.settle(finite=True)
+        return True
+
+    def _lowers_scale(self, found: str) -> bool:
+        """Whether a smaller loss scale may mend it; then it is set, and the step counts as skipped."""
+        if self.scaler is None or LOSS_AT_FAULT in found:
+            return False
+        if self.scaler.is_at_floor:
+            raise TrainingError(
+                f"the loss scale fell to {self.scaler.value:,.0f} and gradients are still not finite: {found}. "
+                "Try a smaller optim.lr, or precision=bf16, which needs no loss scale"
+            )
+        before = self.scaler.value
+        self.scaler.settle(finite=False)
+        self.state.skipped_steps += 1
+        self.session.console.line(
+            f"  · step {self.state.step + 1}: a gradient overflowed fp16, so nothing was updated; "
+            f"loss scale {before:,.0f} -> {self.scaler.value:,.0f}"
+        )
+        return True
 
     def _first_cause(self, norm: torch.Tensor, found: str | None) -> str | None:
         """Of all ranks: that of a rank whose loss is at fault, for the gradient, which all share, spoils with it."""
         if torch.isfinite(norm):
             return found
         told = self.runtime.gather([found and found.replace("this rank's", f"rank {self.runtime.rank}'s")])
-        return next((cause for cause in told if cause and "loss" in cause), told[0])
+        return next((cause for cause in told if cause and LOSS_AT_FAULT in cause), told[0])
 
-    def _advance(self, step: Step, norm: float, lr: float, seconds: float) -> None:
+    def _advance(self, step: Step, norm: float | None, lr: float, seconds: float) -> None:
         state = self.state
         state.step, state.lr, state.stream = state.step + 1, lr, step.stream
         self.told |= step.told
@@ -244,11 +274,14 @@ class Trainer:
         metrics: dict[str, Any] = dict(self.meter.flush())
         metrics |= self.told | {"lr": state.lr, "tokens": state.tokens, "trained_tokens": state.trained_tokens}
         metrics |= self.session.loader.metrics()
+        if self.scaler is not None:
+            metrics |= {"loss_scale": self.scaler.value, "skipped_steps": state.skipped_steps}
         metrics |= {"tokens_per_second": speed, "peak_memory_bytes": self.runtime.peak_memory_bytes()}
         if self.cfg.stage.answers:
             metrics |= since
         self.logbook.log("train", state.step, metrics)
         shown = [f"{name} {_shown(metrics[name])}" for name in self.cfg.stage.shows if name in metrics]
+        shown += [f"loss scale {self.scaler.value:,.0f}"] if self.scaler is not None else []
         shown += [f"{speed:,.0f} tok/s"] if speed else []
         self.session.console.logged(state.step, self.session.steps, "  ".join(shown))
         for line in self.session.loader.news():
@@ -291,6 +324,7 @@ class Trainer:
 
     def _save(self) -> None:
         run, state = self.session.run, self.state
+        state.loss_scaler = {} if self.scaler is None else self.scaler.state()
         rng, state.pooled = self.runtime.gather([rng_state()]), self.runtime.gather([self.meter.state()])
         if self.runtime.is_main:
             self.logbook.flush()

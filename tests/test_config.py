@@ -70,13 +70,17 @@ def test_a_stage_has_a_yaml_with_its_own_keys_and_defaults(name):
     assert read_yaml(CONF / "stage" / f"{name}.yaml")["stage"] == {"name": name, **dataclasses.asdict(find(name)())}
 
 
+NEEDS = {"adamw_bf16": ["model.dtype=bfloat16"]}
+"""What a choice asks for besides itself."""
+
+
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda f: str(f.relative_to(CONF)))
 def test_every_yaml_composes_and_every_key_has_a_comment(file):
     group, choice = file.parent.name, file.stem
     if group == "embedded":
         assert resolve([f"stage={choice}"]).model.path == "embedded"
     elif group != CONF.name:
-        config = resolve([*REAL, f"{group}={choice}"])
+        config = resolve([*REAL, f"{group}={choice}", *NEEDS.get(choice, [])])
         if group in CHOSEN_BY_NAME and group != "stage":
             assert getattr(config, group).name == choice
     lines = file.read_text(encoding="utf-8").splitlines()

@@ -12,13 +12,14 @@ PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
     {"stats", "errors", "places", "disk", "allocator", "launch"},
     {"data", "models"},
-    {"rollout", "sampling", "rewards", "verify", "optim"},
+    {"rollout", "sampling", "rewards", "verify", "optim", "stochastic_rounding"},
     {"stages"},
     {
         "train",
         "evaluate",
         "session",
         "runtime",
+        "precision",
         "reference",
         "answers",
         "calibration",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from posttrain.config.schema import Config
 
 SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BF16_WEIGHTS = "adamw_bf16"
 
 
 def check(config: Config, verb: str = "train") -> None:
@@ -26,6 +27,9 @@ def check(config: Config, verb: str = "train") -> None:
     _check_streaming(config, verb)
     _check_harness(config, verb)
     _check_distribution(config)
+    _check_precision(config)
+    if verb in ("train", "plan"):
+        _check_masters(config)
     if config.adapter.path is not None and config.adapter.name == "none":
         raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
     if config.eval.verifier != "none" and config.eval.generate == 0:
@@ -144,6 +148,44 @@ def _check_harness(config: Config, verb: str) -> None:
         raise ConfigError(
             f"{tasks} needs a model that writes answers, and stage={config.stage_name} scores the data with a reward model; "
             "run them apart, the harness with model.path=POLICY and no data"
+        )
+
+
+def _check_precision(config: Config) -> None:
+    """The keys of fp8 alone, and what fp8 cannot multiply."""
+    precision = config.precision
+    if precision.name != "fp8":
+        given = [f"recipe={precision.recipe}"] if precision.recipe != "tensorwise" else []
+        given += ["emulate=true"] if precision.emulate else []
+        if given:
+            raise ConfigError(
+                f"precision.{given[0]} is of precision=fp8, and precision={precision.name}; leave it out, or set precision=fp8"
+            )
+    elif config.adapter.name == "qlora":
+        raise ConfigError(
+            "precision=fp8 with adapter=qlora: the frozen weights are in 4 bits, which have no float8 products; use "
+            "adapter=lora, or precision=bf16"
+        )
+
+
+def _check_masters(config: Config) -> None:
+    """Weights in 16 bits train with an optimizer that rounds them stochastically, and that one with nothing else."""
+    adapter, dtype, precision = config.adapter.name, config.model.dtype, config.precision.name
+    if config.optim.name == BF16_WEIGHTS and adapter != "none":
+        raise ConfigError(
+            f"optim={BF16_WEIGHTS} does without fp32 masters, and with adapter={adapter} only the adapter's few weights have "
+            "any; use optim=adamw"
+        )
+    if config.optim.name == BF16_WEIGHTS and (dtype != "bfloat16" or precision not in ("bf16", "fp8")):
+        raise ConfigError(
+            f"optim={BF16_WEIGHTS} trains weights that are bf16, but model.dtype={dtype} and precision={precision}; set "
+            "model.dtype=bfloat16 precision=bf16, or use optim=adamw"
+        )
+    if config.optim.name != BF16_WEIGHTS and adapter == "none" and dtype in ("bfloat16", "float16"):
+        instead = f", or set optim={BF16_WEIGHTS}, which rounds at random" if dtype == "bfloat16" else ""
+        raise ConfigError(
+            f"model.dtype={dtype} would train weights without fp32 masters, and small updates would be rounded away; "
+            f"leave model.dtype=auto (precision=bf16 computes in bf16), or train an adapter{instead}"
         )
 
 

@@ -93,7 +93,7 @@ class BatchConfig:
 class OptimConfig:
     """The optimizer; `name` is the choice optim=adamw|..."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+    name: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adamw_bf16"]
     lr: float = field(metadata={"above": 0})
     betas: list[float] = field(metadata={"min": 0, "below": 1, "length": 2})
     eps: float = field(metadata={"above": 0})
@@ -115,9 +115,11 @@ class ScheduleConfig:
 
 @dataclass
 class PrecisionConfig:
-    """The arithmetic; `name` is the choice precision=fp32|tf32|bf16."""
+    """The arithmetic; `name` is the choice precision=fp32|tf32|fp16|bf16|fp8."""
 
-    name: Literal["fp32", "tf32", "bf16"]
+    name: Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
+    recipe: Literal["tensorwise", "rowwise"]
+    emulate: bool
 
 
 @dataclass

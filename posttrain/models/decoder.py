@@ -29,6 +29,7 @@ class Decoder(nn.Module):
         self.routers = Routers(self.backbone)
         self.is_mixture = bool(self.routers)
         self.gathered_in: torch.dtype | None = None  # where its weights lie in parts on the ranks (sharding.py)
+        self.float8 = ""  # what precision=fp8 made of its linear modules, in a line
 
     @property
     def network(self) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
+from posttrain.models.float8 import Float8, convert
 from posttrain.models.lineage import resolve_path
 from posttrain.models.load import load_config, load_model, load_shape
 from posttrain.models.others import other_model, told_of
@@ -70,16 +71,18 @@ def build_network(
     checkpointing: bool = False,
     head: Head | None = None,
     critic: bool = False,
+    float8: Float8 | None = None,
     shape_only: bool = False,
 ) -> tuple[Decoder, str]:
     """The network on the CPU and a line about its adapter: a policy (with `critic` also a critic), or with `head` a reward
     model.
 
     Weights that train are fp32 masters; a base frozen under an adapter is held in the compute dtype (model.dtype=auto).
+    float8: what its linear modules (a critic's of its own, too) multiply in under autocast, where that is not bf16.
     shape_only: no weights are read; they come from rank 0 (sharding.py).
     """
     with torch.device("meta") if shape_only else nullcontext():
-        return _build(model, adapter, compute_dtype, seed, checkpointing, head, critic, shape_only)
+        return _build(model, adapter, compute_dtype, seed, checkpointing, head, critic, float8, shape_only)
 
 
 def _build(
@@ -90,6 +93,7 @@ def _build(
     checkpointing: bool,
     head: Head | None,
     critic: bool,
+    float8: Float8 | None,
     shape_only: bool,
 ) -> tuple[Decoder, str]:
     config = load_config(model)
@@ -106,11 +110,16 @@ def _build(
         _recompute_activations(network)
     if frozen:
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
-    if head is not None:
-        return RewardModel(network, head.pooling, head.ends), described
-    policy = Policy(network)
+    decoder = Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)
+    if float8 is not None:
+        decoder.float8 = convert(decoder, float8, adapted=frozen)
+    if not isinstance(decoder, Policy):
+        return decoder, described
+    policy = decoder
     if critic and model.critic is not None:
         policy.critic = load_critic(model, seed, checkpointing, shape_only)
+        if float8 is not None:
+            policy.critic.float8 = convert(policy.critic, float8, adapted=False)
     elif critic:
         policy.critic = head_on(policy, adapter.path or model.path)
     return policy, described

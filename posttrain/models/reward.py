@@ -55,7 +55,15 @@ class RewardModel(Decoder):
         with torch.autocast(
             pooled.device.type, enabled=False
         ):  # a score in 8 bits would tie where people see a difference
-            return Ratings(self.head(pooled.float()).squeeze(-1), balance)
+            return Ratings(self._score(pooled.float()).squeeze(-1), balance)
+
+    def _score(self, pooled: Tensor) -> Tensor:
+        """[responses, 1] fp32, also where the weights are held in bf16 (optim=adamw_bf16)."""
+        head = self.head
+        if type(head) is nn.Linear and head.weight.dtype != torch.float32:
+            return nn.functional.linear(pooled, head.weight.float(), None if head.bias is None else head.bias.float())
+        scores: Tensor = head(pooled)
+        return scores
 
     def pooled(self, batch: Batch) -> Tensor:
         """The state that each response is scored by, [responses, H]."""

@@ -77,11 +77,18 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
         *cfg.stage.facts(),
         ("optimizer", f"{cfg.optim.name}, lr {cfg.optim.lr:g} {cfg.schedule.name}, seed {cfg.train.seed}"),
         ("device", session.runtime.describe()),
+        *float8_facts(module),
         ("checked", ", ".join(f"{k} agrees to {v:.0e}" for k, v in session.probe.items())),
         *([("reference", f"{reference}: log-probs computed once")] if session.state.reference else []),
         *([("stops at", stops)] if cfg.stage.generates else []),
         ("run", where),
     ]
+
+
+def float8_facts(module: Any) -> list[tuple[str, str]]:
+    """What precision=fp8 made of the network, and of a critic that is one of its own."""
+    critic = getattr(getattr(module, "critic", None), "float8", "")
+    return [(name, line) for name, line in (("float8", module.float8), ("its critic", critic)) if line]
 
 
 def start(session: Session, evaluation: Evaluation | None) -> None:

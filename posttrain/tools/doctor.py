@@ -19,6 +19,7 @@ EXTRAS = {
     "tensorboard": "log=tensorboard",
     "gguf": "model.gguf_file",
     "sentencepiece": "some tokenizers",
+    "torchao": "precision=fp8",
 }
 
 

@@ -138,7 +138,8 @@ def _score(cfg: Config, run: RunDir, runtime: Runtime, console: Console, tokeniz
 
 
 def _tell(cfg: Config, run: RunDir, console: Console, scored: Scored, harness: HarnessResult, summary: Summary) -> None:
-    for line in [*(scored.prepared.lines if scored.prepared else ()), *harness.lines]:
+    products = [scored.policy.float8] if scored.policy.float8 else []
+    for line in [*(scored.prepared.lines if scored.prepared else ()), *products, *harness.lines]:
         console.line(f"  · {line}")
     rows = [[name, interval(value), getattr(value, "method", "")] for name, value in scored.found.metrics.items()]
     what = [f"{len(scored.prepared.eval):,} examples"] if scored.prepared else []

@@ -89,8 +89,9 @@ def _memory(cfg: Config, model: Any, compute: torch.dtype) -> str:
         head = model.get_base_model().get_output_embeddings()
         linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         quantized = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
-    width = 2.0 if compute == torch.bfloat16 and cfg.adapter.name != "none" else 4.0
-    moments = 2.0 if "8bit" in cfg.optim.name else 8.0
-    weights = (frozen - quantized) * width + quantized * (0.5 + 0.127 / 8) + trained * 4
-    state = trained * (4 + moments)
+    width = 2.0 if compute != torch.float32 and cfg.adapter.name != "none" else 4.0
+    each = 2.0 if cfg.optim.name == "adamw_bf16" else 4.0  # a weight that trains, its gradient, one of its moments
+    moments = 2.0 if "8bit" in cfg.optim.name else 2 * each
+    weights = (frozen - quantized) * width + quantized * (0.5 + 0.127 / 8) + trained * each
+    state = trained * (each + moments)
     return f"weights {weights / GIB:.2f} GiB, gradients and optimizer {state / GIB:.2f} GiB, activations beside them"
