@@ -1,4 +1,4 @@
-"""What is wrong with a reference, a critic or their place, as far as it can be told before any weights are loaded."""
+"""What is wrong with a reference, a critic, their place or what is below the model, told before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from posttrain.config import Config
 
 
-def check_companions(cfg: Config, tokenizer: Any) -> None:
-    """tokenizer: the policy's, whose ids they must read."""
-    if cfg.adapter.name == "none":
+def check_companions(cfg: Config, tokenizer: Any, trains: bool = True) -> None:
+    """tokenizer: the policy's, whose ids they must read. trains: the model is not just looked at."""
+    if trains and cfg.adapter.name == "none":
         check_trainable(cfg.model.path, "model.path")
     check_reference(cfg, tokenizer)
     check_critic(cfg, tokenizer)

@@ -53,7 +53,9 @@ def describe(hint: Any) -> str:
     if origin is list:
         return "a list of numbers, such as [1, 2]" if args[0] in (int, float) else "a list, such as [a, b]"
     if origin is dict:
-        return "a mapping, such as {key: value}"
+        return (
+            "a mapping to numbers, such as {key: 1}" if args[1] in (int, float) else "a mapping, such as {key: value}"
+        )
     return WORDS.get(option, "a value")
 
 
