@@ -1,11 +1,11 @@
-"""What is wrong with a reference, a critic or their place, as far as it can be told before any weights are loaded."""
+"""What is wrong with a reference, a critic, their place or what is below the model, told before any weights are loaded."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import ConfigError, ModelError
-from posttrain.models.lineage import is_reward_model, resolve_path
+from posttrain.models.lineage import is_reward_model, lineage, nonlinear, resolve_path
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.others import other_model, told_of
 from posttrain.models.rope import position_limit
@@ -14,11 +14,32 @@ if TYPE_CHECKING:
     from posttrain.config import Config
 
 
-def check_companions(cfg: Config, tokenizer: Any) -> None:
-    """tokenizer: the policy's, whose ids they must read."""
+def check_companions(cfg: Config, tokenizer: Any, trains: bool = True) -> None:
+    """tokenizer: the policy's, whose ids they must read. trains: the model is not just looked at."""
+    if trains and cfg.adapter.name == "none":
+        check_trainable(cfg.model.path, "model.path")
     check_reference(cfg, tokenizer)
     check_critic(cfg, tokenizer)
     check_frozen_device(cfg)
+
+
+def check_trainable(path: str | None, key: str) -> None:
+    """That what is below an adapter can train as a whole and be saved as one."""
+    kept = nonlinear(path)
+    if not kept:
+        return
+    way_out = "give another model"
+    if key == "model.path":
+        below = lineage(kept[-1])[1][:-1]
+        base = below[-1] if below else lineage(kept[-1])[0]
+        way_out = (
+            f"go on training that adapter (model.path={base} adapter=bottleneck adapter.path={kept[-1]}) or one on top of it "
+            "(adapter=lora or bottleneck)"
+        )
+    raise ModelError(
+        f"{key}={path} rests on the bottleneck adapter {kept[-1]}, which no weights can take in: as a whole it cannot be "
+        f"trained and saved; {way_out}"
+    )
 
 
 def check_reference(cfg: Config, tokenizer: Any) -> None:
@@ -53,6 +74,7 @@ def check_critic(cfg: Config, tokenizer: Any) -> None:
             f"model.critic is given, but stage={cfg.stage_name} has no critic as it is set; leave it out, or take stage=ppo "
             "stage.advantage=gae"
         )
+    check_trainable(given, "model.critic")
     model = other_model(cfg.model, given)
     with told_of("model.critic"):
         limit = position_limit(load_config(model))

@@ -106,7 +106,7 @@ def _check_model(cfg: Config, saved: ModelConfig) -> None:
 
 
 def _check_adapter(cfg: Config, saved: Path) -> None:
-    """An adapter is read with its own rank and places, so the config must say the same."""
+    """An adapter is read with its own rank (or width) and places, so the config must say the same."""
     asked = {name: value for name, value in asdict(cfg.adapter).items() if name not in ("path", "dropout")}
     record = saved.parent.parent.parent / RECORD
     if record.is_file():
@@ -114,7 +114,7 @@ def _check_adapter(cfg: Config, saved: Path) -> None:
     else:
         with reading(saved.parent, "model/adapter_config.json"):
             config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
-            made = {"rank": config.get("r", asked["rank"])}
+            made = {"rank": config.get("r", asked["rank"]), "width": config.get("width", asked["width"])}
     told = [f"adapter.{name} {made[name]} there, {v} now" for name, v in asked.items() if made.get(name, v) != v]
     if told:
         raise CheckpointError(f"{saved.parent} holds another adapter: {'; '.join(told)}")

@@ -16,6 +16,7 @@ from posttrain.data.packing import Packing
 from posttrain.data.tokenize import Tokenizer, end_ids
 from posttrain.data.tokens import Examples
 from posttrain.errors import ModelError
+from posttrain.models.lineage import is_reward_model, resolve_path
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Head, build_network
 from posttrain.models.others import other_model, told_of
@@ -38,7 +39,8 @@ class RewardModelJudge:
         model = other_model(cfg.model, cfg.model.reward)
         with told_of("model.reward"):
             config = load_config(model)
-            if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+            scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+            if not scores and not is_reward_model(resolve_path(cfg.model.reward)):  # an adapter's config is its base's
                 raise ModelError(
                     f"model.path={cfg.model.reward} is a {', '.join(config.architectures or ['model without architectures'])}, "
                     "which has no score layer; give a model that stage=reward has trained"

@@ -20,6 +20,7 @@ import numpy as np
 
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, TrainingError
+from posttrain.models.bottleneck import Bottleneck
 from posttrain.models.export import save_model
 from posttrain.rollout import Generation, Request
 from posttrain.saving import collected
@@ -34,6 +35,20 @@ AT_ONCE = 64
 ADAPTER = "posttrain-policy"
 
 
+def refuse_unreadable(adapter: Any, network: Any) -> None:
+    """ConfigError for what the server would not load, or would load as something else. Of adapters that were not asked for by
+    key, but came from adapter.path or model.path: config/check.py tells of the keys, sooner."""
+    settings = vars(adapter.peft_config["default"]) if adapter is not None else {}
+    found = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if settings.get(key)]
+    if any(isinstance(module, Bottleneck) for module in network.modules()):
+        found.insert(0, "bottleneck")
+    if found:
+        raise ConfigError(
+            f"stage.rollout_server reads adapters of one rank and one alpha without DoRA, and this model has {found[0]}; leave "
+            "the server out and this process writes the answers itself"
+        )
+
+
 class VLLMServer:
     """A RolloutBackend that asks the server at `url`. directory: where weights are put for it."""
 
@@ -44,6 +59,7 @@ class VLLMServer:
     def update(self, networks: Networks) -> None:
         """The server takes on the policy's weights as they are; rank 0 writes and asks, the others wait."""
         adapter = networks.module.model is not networks.module.network
+        refuse_unreadable(networks.module.model if adapter else None, networks.module.network)
         weights = collected(networks, self.runtime.is_main)
         if self.runtime.is_main:
             with (

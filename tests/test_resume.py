@@ -83,6 +83,7 @@ STAGES = {
     ],
     "lora": [*STEPS, "stage=lora", "adapter.dropout=0.1", "optim.lr=1e-3"],
     "qlora": [*STEPS, "stage=qlora", "adapter.dropout=0.1", "optim.lr=1e-3"],
+    "bottleneck": [*STEPS, "adapter=bottleneck", "adapter.width=8", "adapter.dropout=0.1", "optim.lr=1e-3"],
     "sft smoothed": [*STEPS, "stage.label_smoothing=0.1", "optim.lr=1e-5"],  # gets better: the best are saved too
     "streaming": [
         *STEPS,
@@ -125,7 +126,13 @@ SAMPLING = {
 }
 """Of a stage that makes its own steps. Evaluations sample too."""
 
-CASES = [(stage, moment) for stage in STAGES for moment in (MOMENTS if stage == "sft" else FEWER)]
+ONE = ("in a step",)
+"""For what is saved and restored as lora is."""
+CASES = [
+    (stage, moment)
+    for stage in STAGES
+    for moment in (MOMENTS if stage == "sft" else ONE if stage == "bottleneck" else FEWER)
+]
 CASES += [("ppo", moment) for moment in SAMPLING]
 MOMENTS |= SAMPLING
 

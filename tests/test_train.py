@@ -71,6 +71,7 @@ STAGES = {
     "sft by sequence": ["stage.normalize=sequence"],
     "sft smoothed": ["stage.label_smoothing=0.1"],
     "lora": ["stage=lora", "optim.lr=1e-3"],
+    "bottleneck": ["adapter=bottleneck", "adapter.width=8", "optim.lr=1e-3"],
     "pretrain": ["stage=pretrain", "data.train=embedded:text:200", "data.eval=embedded:text:20:held_out"],
     "dpo": ["stage=dpo", *PAIRS],
     "dpo lora": ["stage=dpo", "adapter=lora", *PAIRS],

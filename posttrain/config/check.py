@@ -30,8 +30,7 @@ def check(config: Config, verb: str = "train") -> None:
     _check_precision(config)
     if verb in ("train", "plan"):
         _check_masters(config)
-    if config.adapter.path is not None and config.adapter.name == "none":
-        raise ConfigError(f"adapter.path={config.adapter.path} is given, but adapter=none; set adapter=lora or qlora")
+    _check_adapter(config)
     if config.eval.verifier != "none" and config.eval.generate == 0:
         raise ConfigError(
             f"eval.verifier={config.eval.verifier} needs answers to verify, but eval.generate=0; try eval.generate=100"
@@ -127,6 +126,25 @@ def _check_distribution(config: Config) -> None:
         raise ConfigError(
             f"model.frozen_device={config.model.frozen_device} with distribution={name}: a frozen network lies in parts on the "
             "ranks as the policy does; leave it device, and set distribution.cpu_offload=true for host memory"
+        )
+
+
+def _check_adapter(config: Config) -> None:
+    adapter, server = config.adapter, getattr(config.stage, "rollout_server", None)
+    if adapter.path is not None and adapter.name == "none":
+        raise ConfigError(
+            f"adapter.path={adapter.path} is given, but adapter=none; set adapter=lora, qlora or bottleneck, whichever it is"
+        )
+    of_lora = [f"adapter.{key}" for key in ("rslora", "dora", "ranks", "alphas") if getattr(adapter, key)]
+    if of_lora and adapter.name == "bottleneck":
+        raise ConfigError(f"{of_lora[0]} is of adapter=lora and qlora, but adapter=bottleneck; leave it out")
+    unread = ["adapter=bottleneck"] if adapter.name == "bottleneck" else []
+    if adapter.name in ("lora", "qlora"):
+        unread = [key for key in of_lora if key != "adapter.rslora"]
+    if server is not None and unread:
+        raise ConfigError(
+            f"stage.rollout_server={server} reads adapters of one rank and one alpha without DoRA, so not {unread[0]}; leave "
+            "the server out and this process writes the answers itself, or take a plain adapter=lora"
         )
 
 

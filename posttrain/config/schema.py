@@ -1,7 +1,7 @@
 """The schema: one dataclass a group, types and ranges only. Values and explanations stand in conf/config.yaml.
 
-A field's metadata may hold min (>=), above (>), max (<=), below (<), for a list those of its items, length (of a list),
-and path (`~` is expanded). Stage dataclasses use the same metadata.
+A field's metadata may hold min (>=), above (>), max (<=), below (<), for a list or mapping those of its items, length (of a
+list), and path (`~` is expanded). Stage dataclasses use the same metadata.
 """
 
 from __future__ import annotations
@@ -42,14 +42,20 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """Low-rank adapters; `name` is the choice adapter=none|lora|qlora."""
+    """Adapters; `name` is the choice adapter=none|lora|qlora|bottleneck."""
 
-    name: Literal["none", "lora", "qlora"]
+    name: Literal["none", "lora", "qlora", "bottleneck"]
     rank: int = field(metadata={"min": 1})
     alpha: float = field(metadata={"above": 0})
     dropout: float = field(metadata={"min": 0, "below": 1})
     targets: str | list[str]
     rslora: bool
+    dora: bool
+    ranks: dict[str, int] = field(metadata={"min": 1})
+    alphas: dict[str, float] = field(metadata={"above": 0})
+    placement: Literal["both", "ffn", "attention"]
+    width: int = field(metadata={"min": 1})
+    activation: Literal["relu", "gelu", "silu", "tanh"]
     path: str | None = field(metadata=PATH)
 
 

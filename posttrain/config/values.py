@@ -53,7 +53,9 @@ def describe(hint: Any) -> str:
     if origin is list:
         return "a list of numbers, such as [1, 2]" if args[0] in (int, float) else "a list, such as [a, b]"
     if origin is dict:
-        return "a mapping, such as {key: value}"
+        return (
+            "a mapping to numbers, such as {key: 1}" if args[1] in (int, float) else "a mapping, such as {key: value}"
+        )
     return WORDS.get(option, "a value")
 
 
@@ -113,12 +115,21 @@ def _fit_one(value: Any, hint: Any) -> Any:
     if origin is list and isinstance(value, list):
         return [_fit(item, args[0]) for item in value]
     if origin is dict and isinstance(value, dict):
-        return {str(k): _fit(item, args[1]) for k, item in value.items()}
+        items = value if args[1] is Any else _joined(value)
+        return {str(k): _fit(item, args[1]) for k, item in items.items()}
     if hint is bool and isinstance(value, bool):
         return value
     if hint in (int, float):
         return _fit_number(value, hint)
     raise _Misfit
+
+
+def _joined(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """A dot in a typed key made a mapping in a mapping: {"self_attn": {"q_proj": 8}} → {"self_attn.q_proj": 8}."""
+    joined: dict[str, Any] = {}
+    for key, item in mapping.items():
+        joined |= _joined(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return joined
 
 
 def _fit_text(value: Any, choices: tuple[Any, ...]) -> str:
@@ -142,16 +153,18 @@ def _fit_number(value: Any, hint: type) -> Any:
 
 
 def _check_ranges(key: str, value: Any, metadata: Mapping[str, Any], default: Any) -> None:
-    if value is None or isinstance(value, bool | str | dict):
+    if value is None or isinstance(value, bool | str):
         return
     if isinstance(value, list) and len(value) != metadata.get("length", len(value)):
         raise ConfigError(
             f"{key} must have {metadata['length']} items, got {_show(value)}{_tip_default(default, value)}"
         )
-    for item in value if isinstance(value, list) else [value]:
+    several = isinstance(value, list | dict)
+    items = list(value.values()) if isinstance(value, dict) else value if several else [value]
+    for item in items:
         limits = [f"{RANGES[name]} {metadata[name]:g}" for name in RANGES if name in metadata]
         if limits and not _within(item, metadata):
-            subject = f"every item of {key}" if isinstance(value, list) else key
+            subject = f"every item of {key}" if several else key
             raise ConfigError(f"{subject} must be {' and '.join(limits)}, got {item:g}{_tip_default(default, value)}")
 
 

@@ -14,6 +14,9 @@ from transformers.utils import logging as transformers_logging
 from posttrain.errors import ModelError
 from posttrain.models import embedded
 
+NONLINEAR = "BOTTLENECK"
+"""What adapter_config.json calls the adapters that no weights can take in (models/bottleneck.py)."""
+
 transformers_logging.disable_progress_bar()
 hub_logging.set_verbosity_error()  # each retry is a warning there; what came of them stands in our one error
 
@@ -62,16 +65,31 @@ def is_reward_model(path: str) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in named or ())
 
 
+def nonlinear(path: str | None) -> list[str]:
+    """The adapters on the way from the base to `path` that stay beside the weights."""
+    found = lineage(resolve_path(path))[1]
+    return [directory for directory in found if peft_type(directory) == NONLINEAR]
+
+
+def peft_type(directory: str) -> str:
+    """Which of peft's methods an adapter is of."""
+    config = json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
+    return str(config.get("peft_type"))
+
+
 def folded(path: str | None) -> str:
     """For the plan's line about the model: which base an adapter is folded into; nothing for a whole model."""
     base, adapters = lineage(resolve_path(path))
-    return f" (adapter{'s' if len(adapters) > 1 else ''} folded into the weights of {base})" if adapters else ""
+    how = "applied over" if nonlinear(path) else "folded into the weights of"
+    return f" (adapter{'s' if len(adapters) > 1 else ''} {how} {base})" if adapters else ""
 
 
 def fold(network: Any, directory: str) -> Any:
-    """The network with the adapter saved there merged into its weights. A language model's adapter also fits a network that
-    has a score layer in place of the output layer."""
+    """The network with the adapter saved there merged into its weights, or as a part of it where it is nonlinear. A language
+    model's adapter also fits a network that has a score layer in place of the output layer."""
     from peft import PeftConfig, PeftModel
+
+    from posttrain.models.bottleneck import settle  # peft knows the method from there
 
     config = PeftConfig.from_pretrained(directory)
     if config.task_type == "CAUSAL_LM":
@@ -83,7 +101,8 @@ def fold(network: Any, directory: str) -> Any:
         except (OSError, ValueError, RuntimeError, UserWarning) as error:
             told = str(error).strip().splitlines()[0]
             raise ModelError(f"the adapter {directory} does not fit the model it names as its base: {told}") from error
-    whole = adapted.merge_and_unload(safe_merge=True)
+    kept = config.peft_type == NONLINEAR
+    whole = settle(adapted) if kept else adapted.merge_and_unload(safe_merge=True)
     for parameter in whole.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # peft froze them
     return whole

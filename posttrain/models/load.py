@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from posttrain.errors import ModelError
-from posttrain.models.lineage import fold, is_reward_model, lineage, resolve_path
+from posttrain.models.lineage import fold, is_reward_model, lineage, nonlinear, resolve_path
 from posttrain.models.reward import zero_score
 from posttrain.models.rope import scale_rope
 
@@ -98,7 +98,7 @@ def load_model(
     """Weights in `dtype` on the CPU (or quantised), or random ones from the config for model.init=config.
 
     scores: with a score layer (zero, if the weights have none) in place of the output layer: a reward model. Where model.path
-    is an adapter, it is folded into the weights of its base.
+    is an adapter, it is folded into the weights of its base (a bottleneck adapter is put in place, frozen).
     """
     if scores:
         _prepare_scores(config, model)
@@ -166,10 +166,11 @@ def _load_weights(
     path = resolve_path(model.path)
     base, adapters = lineage(path)
     if adapters and quantization:
+        merged = "fold it in with posttrain merge and give the result, or go on training it: "
+        on = f"{merged}model.path={base} adapter=qlora adapter.path={path}"
         raise ModelError(
-            f"model.path={model.path} is an adapter, which would have to be folded into 4-bit weights for adapter=qlora; fold "
-            "it in with posttrain merge and give the result, or go on training it: "
-            f"model.path={base} adapter=qlora adapter.path={path}"
+            f"model.path={model.path} is an adapter, which would have to be folded into 4-bit weights for adapter=qlora; "
+            f"{'take adapter=lora' if nonlinear(path) else on}"
         )
     extra = {"quantization_config": quantization} if quantization else {}
     exact = torch.float32 if adapters else dtype
@@ -259,7 +260,7 @@ def _cannot_read(model: ModelConfig, what: str, error: Exception | str) -> str:
     if adapters:
         return (
             f"model.path={model.path} is an adapter, and the {what} of its base {base} cannot be read: {first_line}. Give both "
-            f"apart: model.path=BASE adapter=lora adapter.path={path}"
+            f"apart: model.path=BASE adapter={'bottleneck' if nonlinear(path) else 'lora'} adapter.path={path}"
         )
     if Path(path).is_dir():
         found = ", ".join(sorted(p.name for p in Path(path).iterdir())[:8]) or "nothing"

@@ -17,7 +17,7 @@ from posttrain.models.lineage import fold, is_reward_model, lineage, resolve_pat
 def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer), ready to generate; adapters are merged into the weights below them where `merge` says so.
 
-    Inner adapters of a stack are always merged: an adapter sits on plain weights.
+    Inner adapters of a stack are always merged, or put in place where they cannot be: an adapter sits on a plain model.
     """
     found = resolve_path(path)
     base, adapters = lineage(found)
@@ -32,6 +32,8 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
             model = fold(model, adapter)
         else:
             from peft import PeftModel
+
+            import posttrain.models.bottleneck  # noqa: F401  # peft knows the method from there
 
             model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), tokenizer

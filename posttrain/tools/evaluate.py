@@ -158,7 +158,7 @@ def _check_reference(cfg: Config, tokenizer: Any) -> None:
             f"posttrain eval stage={cfg.stage_name} measures how far a model has come from a reference; set "
             "model.reference to the model it was trained from"
         )
-    check_companions(cfg, tokenizer)
+    check_companions(cfg, tokenizer, trains=False)
 
 
 def _describe(cfg: Config, run: RunDir, prepared: Prepared, found: Evaluation) -> None:

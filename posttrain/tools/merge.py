@@ -11,7 +11,7 @@ import torch
 from posttrain.calibration import FILE
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
-from posttrain.models.lineage import lineage, resolve_path
+from posttrain.models.lineage import lineage, nonlinear, resolve_path
 from posttrain.models.reload import load_saved
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
@@ -29,6 +29,11 @@ def merge(argv: list[str]) -> None:
         raise ModelError(f"{options.model} does not exist here; give a run, or the directory of an adapter")
     if not adapters:
         raise ModelError(f"{options.model} has no adapter to merge: it is a whole model already")
+    if kept := nonlinear(options.model):
+        raise ModelError(
+            f"{kept[0]} is a bottleneck adapter: between its two layers is a nonlinearity, so no weights of the model compute "
+            "the same, and it cannot be merged. Use it as it is (posttrain chat, eval, model.path=...), or train adapter=lora"
+        )
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else "auto"
     probe = torch.arange(8).unsqueeze(0) + 5
     with torch.no_grad():

@@ -74,9 +74,9 @@ def _on_meta(cfg: Config) -> tuple[Any, str]:
         model: Any = load_shape(load_config(cfg.model), scores=scores)
         if cfg.adapter.name == "none":
             return model, "none"
-        plain = type(cfg.adapter)(**{**vars(cfg.adapter), "name": "lora"})
+        plain = type(cfg.adapter)(**{**vars(cfg.adapter), "name": cfg.adapter.name.replace("qlora", "lora")})
         model, described = add_adapter(model, plain, cfg.train.seed, scores)
-    return model, described.replace("lora", cfg.adapter.name, 1)
+    return model, described.replace(plain.name, cfg.adapter.name, 1)
 
 
 def _memory(cfg: Config, model: Any, compute: torch.dtype) -> str:

@@ -11,9 +11,10 @@ from transformers import AutoConfig
 
 from posttrain.data.batches import collate
 from posttrain.errors import ModelError
-from posttrain.models.adapters import add_adapter, find_targets, parameter_count, quantization
+from posttrain.models.adapters import add_adapter, parameter_count, quantization
 from posttrain.models.load import load_model
 from posttrain.models.policy import Policy
+from posttrain.models.targets import find_targets
 
 SEPARATE = {"q_proj", "v_proj"}
 LATENT = {"q_b_proj", "kv_b_proj"}
@@ -28,8 +29,9 @@ QV = {
 NO_QV = ("mamba", "mamba2", "falcon_mamba")
 
 
-def lora(targets: str | list[str]) -> Any:
-    return SimpleNamespace(name="lora", path=None, targets=targets, rank=2, alpha=4, dropout=0.0, rslora=False)
+def lora(targets: str | list[str], **changes: Any) -> Any:
+    plain = {"rslora": False, "dora": False, "ranks": {}, "alphas": {}}
+    return SimpleNamespace(name="lora", path=None, targets=targets, rank=2, alpha=4, dropout=0.0, **plain | changes)
 
 
 def adapter_size(network: Any) -> int:
@@ -114,3 +116,68 @@ def test_a_4_bit_base_passes_gradients_on_after_an_evaluation() -> None:
     assert any(bool(gradient.any()) for gradient in before)
     for a, b in zip(before, gradients(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def updates(adapter: Any) -> dict[str, torch.Tensor]:
+    """Each q_proj and v_proj of a llama's first layer → what an adapter with B = 1 adds there to an input of ones, over A·1."""
+    model, _ = add_adapter(families.network("llama"), adapter, seed=0)
+    found = {}
+    for leaf in ("q_proj", "v_proj"):
+        module: Any = model.get_submodule(f"base_model.model.model.layers.0.self_attn.{leaf}")
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        ones = torch.ones(1, a.shape[1])
+        with torch.no_grad():
+            b.fill_(1.0)
+            found[leaf] = (module(ones) - module.base_layer(ones))[0, 0] / a.sum()
+        assert a.shape[0] == adapter.ranks.get(leaf, adapter.rank)
+    return found
+
+
+def test_scales_ranks_and_alphas_are_as_asked() -> None:
+    """α/r, α/√r with rsLoRA, each module's own where it has one."""
+    of = {"plain": updates(lora("qv")), "rslora": updates(lora("qv", rslora=True)),
+          "own": updates(lora("qv", ranks={"q_proj": 8}, alphas={"self_attn.v_proj": 7.0}))}  # fmt: skip
+    given = {name: {leaf: float(scale) for leaf, scale in found.items()} for name, found in of.items()}
+    assert given["plain"] == pytest.approx({"q_proj": 4 / 2, "v_proj": 4 / 2}, rel=1e-4)
+    assert given["rslora"] == pytest.approx({"q_proj": 4 / 2**0.5, "v_proj": 4 / 2**0.5}, rel=1e-4)
+    assert given["own"] == pytest.approx({"q_proj": 4 / 8, "v_proj": 7 / 2}, rel=1e-4)
+
+
+def test_a_module_that_is_not_adapted_has_no_rank_of_its_own() -> None:
+    _, described = add_adapter(families.network("llama"), lora("qv", ranks={"q_proj": 8}, dora=True), seed=0)
+    assert described == "lora rank 2 (q_proj 8), alpha 4, DoRA on q_proj, v_proj (4 modules)"
+    with pytest.raises(
+        ModelError, match=r"adapter\.alphas\.k_proj matches no adapted module; adapted are: q_proj, v_proj"
+    ):
+        add_adapter(families.network("llama"), lora("qv", alphas={"k_proj": 8.0}), seed=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dora_begins_with_the_logits_of_the_model(family: str, dtype: torch.dtype) -> None:
+    """To the bit, also over weights in bf16, whose norms bf16 cannot hold; and its norms train."""
+    ids = torch.arange(3, 20)[None]
+    network = families.network(family).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        before = network(ids).logits
+        adapted, _ = add_adapter(network, lora("all-linear", dora=True), seed=0)
+        assert torch.equal(adapted.eval()(ids).logits, before)
+    adapted(ids).logits.float().square().mean().backward()
+    norms = [p for name, p in adapted.named_parameters() if "magnitude" in name]
+    assert len(norms) == len(find_targets(families.network(family), "all-linear"))
+    assert all(p.dtype == torch.float32 and p.grad is not None and bool(p.grad.any()) for p in norms)
+
+
+def test_dora_over_4_bits_begins_where_the_model_is() -> None:
+    families.network("llama").save_pretrained("base")
+    adapter = SimpleNamespace(**{**vars(lora("qkvo", dora=True)), "name": "qlora"})
+    settings = {"path": "base", "gguf_file": None, "revision": None, "init": "weights", "attention": "auto"}
+    model: Any = SimpleNamespace(**settings, trust_remote_code=False)
+    ids = torch.arange(3, 20)[None]
+    base = load_model(
+        model, AutoConfig.from_pretrained("base"), torch.float32, 0, quantization(adapter, torch.float32)
+    ).eval()
+    with torch.no_grad():
+        before = base(ids).logits
+        network, _ = add_adapter(base, adapter, seed=0)
+        assert torch.equal(network.eval()(ids).logits, before)

@@ -1,4 +1,5 @@
-"""Each preference stage on the embedded model with its own defaults, in fewer steps: better, and the interval says so."""
+"""Each preference stage, and a bottleneck adapter, on the embedded model with its own defaults, in fewer steps: better, and the
+interval says so."""
 
 from typing import Any
 
@@ -16,6 +17,7 @@ CASES = {
         "accuracy",
         0.05,
     ),
+    "bottleneck": (["stage=sft", "adapter=bottleneck", "train.steps=60", "eval.generate=200"], "accuracy", 0.1),
     "reward": (["stage=reward", "train.steps=150"], "pair_accuracy", 0.05),
 }
 
