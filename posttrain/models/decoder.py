@@ -7,6 +7,8 @@ backbone and a head apart would escape their gradient synchronisation without an
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +49,18 @@ class Decoder(nn.Module):
                 f"the {network.config.model_type} architecture has no separate decoder below its output layer"
             )
         return below
+
+    @contextmanager
+    def without_float8(self) -> Iterator[None]:
+        """Its linear modules multiply as they would without precision=fp8."""
+        converted: list[Any] = [module for module in self.modules() if hasattr(module, "in_float8")]
+        for module in converted:
+            module.in_float8 = False
+        try:
+            yield
+        finally:
+            for module in converted:
+                module.in_float8 = True
 
     @property
     def computes_in(self) -> torch.dtype:

@@ -20,12 +20,14 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 
 class AutocastFloat8Linear(Float8Linear):  # torchao has no types
     """torchao's module, with two differences. Float8 is what autocast turns on, as it is for every other product in fewer bits:
-    without it (the start-up checks) this is the plain layer. And it reads autocast's dtype of the input's own device, where
+    without it, or where `in_float8` is off (the start-up checks), this is the plain layer. And it reads autocast's dtype of the input's own device, where
     torchao asks for that of GPUs."""
+
+    in_float8 = True
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
-        if not torch.is_autocast_enabled(device) or not input.numel():  # an empty tensor has no largest magnitude
+        if not self.in_float8 or not torch.is_autocast_enabled(device) or not input.numel():  # an empty tensor has no largest magnitude
             return nn.functional.linear(input, self.weight, self.bias)
         input = input.to(torch.get_autocast_dtype(device))
         output: Tensor = matmul_with_hp_or_float8_args.apply(input, self.weight.t(), self.linear_mm_config, self.config)
