@@ -55,9 +55,7 @@ def _incomparable(baseline: Side, side: Side) -> str:
     if sorted(side.ids) == sorted(baseline.ids):
         return ""
     shared = len(set(side.ids) & set(baseline.ids))
-    return (
-        f"not comparable: {len(side.ids):,} examples, {shared:,} of them among {baseline.name}'s {len(baseline.ids):,}"
-    )
+    return f"{len(side.ids):,} evaluation examples, {shared:,} of them among {baseline.name}'s {len(baseline.ids):,}"
 
 
 def _judged_by(done: list[Job], sides: list[Side]) -> tuple[str, str]:
