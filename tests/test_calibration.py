@@ -110,6 +110,21 @@ def test_the_bins_at_it_are_those_of_the_scaled_logits_on_the_other_half(found: 
     assert evaluation.metrics["ece_uncalibrated"].value == pytest.approx(expected.value, abs=1e-5)
 
 
+def test_equal_mass_bins_are_those_of_the_logits(found: Any) -> None:
+    evaluation, groups = found()
+    logits, labels, names = logits_of(groups)
+    confidence = np.exp(logits - np.logaddexp.reduce(logits, 1, keepdims=True)).max(1)
+    right = logits.argmax(1) == labels
+    expected = stats.ece(confidence, right, clusters=names, equal_mass=True, resamples=300, seed=42)
+    told = evaluation.metrics["ece_equal_mass"]
+    assert told.n == len(labels)
+    for name in ("value", "low", "high", "noise_floor"):
+        assert getattr(told, name) == pytest.approx(getattr(expected, name), abs=1e-5), name
+    blocks = zip(*(np.array_split(part[np.argsort(confidence)], 15) for part in (confidence, right)), strict=True)
+    gaps = [abs(hits.sum() - sure.sum()) / len(labels) for sure, hits in blocks]
+    assert told.value == pytest.approx(sum(gaps), abs=0.01)  # half of the tokens share the uppermost fine bins
+
+
 def test_one_token_in_so_many_is_enough(found: Any) -> None:
     whole, part = found()[0], found(budget=200)[0]
     assert 60 < part.metrics["temperature"].n < 160 < whole.metrics["temperature"].n
