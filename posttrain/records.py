@@ -36,7 +36,17 @@ def write_table(path: Path, columns: dict[str, Any], lower_is_better: Sequence[s
     scratch = path.with_suffix(".tmp")
     try:
         table = pa.table(columns).replace_schema_metadata({LOWER: json.dumps(list(lower_is_better))})
-        pq.write_table(table, scratch)
+        leaves = [
+            f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in table.schema
+        ]
+        sums = [leaf for leaf in leaves if leaf.endswith("bin_confidence.list.element")]
+        pq.write_table(
+            table,
+            scratch,
+            compression="zstd",
+            use_dictionary=[leaf for leaf in leaves if leaf not in sums],
+            use_byte_stream_split=sums,  # all different, their low bytes mostly 0: half the file's size
+        )
         scratch.replace(path)
     except OSError:
         scratch.unlink(missing_ok=True)

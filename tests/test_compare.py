@@ -95,12 +95,12 @@ def test_three_runs_and_an_earlier_step(run: Run) -> None:
     assert [(each["name"], each["step"]) for each in found["runs"]] == [("a", 8), ("b", 4), ("a@4", 4)]
     tested = [
         each for table in found["tables"] for each in table["rows"]
-        if each["metric"] in ("nll", "bits_per_byte", "token_accuracy", "brier", "ece")
+        if each["metric"] in ("nll", "bits_per_byte", "token_accuracy", "brier", "ece", "ece_equal_mass")
     ]  # fmt: skip
     corrected = stats.holm([each["change"]["p_value"] for each in tested])
     assert [each["p_holm"] for each in tested] == pytest.approx(corrected.tolist())
     assert row(found, "perplexity")["p_holm"] == row(found, "nll")["p_holm"]
-    assert found["note"].startswith("10 scores are compared")
+    assert found["note"].startswith("12 scores are compared")
     with pytest.raises(ConfigError, match="no evaluation at step 5; there are 0, 4, 8"):
         compare_runs(["a", "a@5"])
 

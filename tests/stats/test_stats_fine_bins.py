@@ -1,5 +1,6 @@
 """The fine histogram of records: its equal-width bins are those of the items, its equal-mass bins those of sorted blocks."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,7 @@ def test_equal_mass_bins_are_the_blocks_of_sorted_confidences(seed: int, bins: i
     rng = np.random.default_rng(seed)
     ends = np.sort(rng.choice(np.arange(1, 64 * bins), bins - 1, replace=False)) / (64 * bins)
     edges = np.r_[0, ends, 1]
-    confidence = np.concatenate(
-        [a + (b - a) * rng.uniform(0.01, 0.99, each) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    )
+    confidence = np.concatenate([a + (b - a) * rng.uniform(0.01, 0.99, each) for a, b in pairwise(edges)])
     confidence = rng.permutation(confidence)
     correct = rng.integers(0, 2, len(confidence)).astype(float)
     order = np.argsort(confidence)
@@ -130,7 +129,8 @@ def test_by_hand() -> None:
     assert stats.summarise(columns, range(8), bins=4)["ece_equal_mass"].value == pytest.approx(0.13375)
     sure, right = stats.fold_pairs([2, 0.5, -0.3, 1.2, 0, -1.5, 3, 0.8, 0.1, -0.2])
     columns = stats.fine_bins(sure, right, range(10), 10, 5, 0.5, 1)
-    # |h| 0 .1 | .2 .3 | .5 .8 | 1.2 1.5 | 2 3: (|1.5 - 1.024979| + 1.124276 + |2 - 1.312433| + |1 - 1.586099| + |2 - 1.833371|)/10
+    # |h| 0 .1 | .2 .3 | .5 .8 | 1.2 1.5 | 2 3:
+    # (|1.5 - 1.024979| + 1.124276 + |2 - 1.312433| + |1 - 1.586099| + |2 - 1.833371|)/10
     assert stats.summarise(columns, range(10), bins=5)["ece_equal_mass"].value == pytest.approx(0.303959, abs=1e-6)
 
 
