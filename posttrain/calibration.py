@@ -17,7 +17,6 @@ FITTED_TOKENS = 4_096
 """About so many tokens of an evaluation have the sums that a temperature is fitted to: each costs seventeen passes over its
 logits, on a CPU as much as reading several tokens."""
 
-CALIBRATED = ("bin_count", "bin_confidence", "bin_correct")
 FILE = "temperature.json"
 
 

@@ -44,7 +44,7 @@ def changes(
         return {}
     settings: dict[str, Any] = {"level": level, "resamples": resamples or RESAMPLES, "seed": seed, "names": names}
     now, then = ({k: v for k, v in e.records.items() if k != "accuracy"} for e in (last, first))
-    bins = [np.shape(side["bin_count"])[1] for side in (now, then) if "bin_count" in side]
+    bins = [many for side in (now, then) if (many := stats.bins_of(side))]
     if len(set(bins)) > 1:  # the calibration errors are of different things; the other scores are not
         now, then = ({k: v for k, v in side.items() if not k.startswith("bin_")} for side in (now, then))
     elif bins:

@@ -181,13 +181,23 @@ def _warnings(sides: list[Side], levels: set[float]) -> Iterator[str]:
             mine, other = (each.facts.get(task) for each in (sides[0], side))
             if mine != other:
                 yield f"{sides[0].name} and {side.name} ran {task} differently: {mine}; {other}"
-        bins = {np.shape(each.records["bin_count"])[1] for each in (sides[0], side) if "bin_count" in each.records}
-        if len(bins) > 1:
-            yield f"{sides[0].name} and {side.name} have other eval.bins: ece is not compared"
+        yield from _bins_differ(sides[0], side)
         if "tokens" in side.records and "tokens" in sides[0].records:
             mine, other = (dict(zip(s.ids, s.records["tokens"], strict=True)) for s in (sides[0], side))
             if mine != other:
                 yield f"{side.name} and {sides[0].name} cut the examples into other tokens: compare bits_per_byte, not nll"
+
+
+def _bins_differ(baseline: Side, side: Side) -> Iterator[str]:
+    bins = [many for each in (baseline, side) if (many := stats.bins_of(each.records))]
+    if len(set(bins)) > 1:
+        yield f"{baseline.name} and {side.name} have other eval.bins: ece and ece_equal_mass are not compared"
+    coarse = [each.name for each in (baseline, side) if not stats.is_fine(each.records)]
+    if len(bins) == 2 and len(coarse) == 1:
+        yield (
+            f"{coarse[0]} keeps no fine histogram, as runs of an earlier version do: ece_equal_mass is not compared; "
+            "posttrain eval of its model makes one"
+        )
 
 
 def differing(configs: list[dict[str, Any]]) -> list[list[Any]]:

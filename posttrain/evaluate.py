@@ -11,7 +11,7 @@ import torch
 
 from posttrain import stats
 from posttrain.answers import Answers, Sample, rewarded
-from posttrain.calibration import CALIBRATED, FITTED_TOKENS, usable
+from posttrain.calibration import FITTED_TOKENS, usable
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.packing import Packing
 from posttrain.data.tokens import TokenDataset
@@ -30,7 +30,7 @@ class Evaluation:
     """What one evaluation found; `records`, `calibrated` and `samples` are on rank 0 only.
 
     calibrated: the bins of the calibration error at the fitted temperature, where one was fitted, of the documents that it was
-    not fitted to; zeros for the others.
+    not fitted to; nothing for the others.
     """
 
     step: int
@@ -103,8 +103,10 @@ class Evaluator:
         """The bins at the fitted temperature, and the calibration error of the documents that it was not fitted to, before and
         after."""
         order = np.argsort(np.array([i for part in parts for i in part[0]]), kind="stable")
-        others = stats.held_out(found.clusters, self.seed)[:, None]  # [D, 1]: the half that it was not fitted to
-        found.calibrated = {n: np.concatenate([part[2][n] for part in parts])[order] * others for n in CALIBRATED}
+        names = [name for name in stats.BIN_COLUMNS if name in parts[0][2]]
+        columns = {name: np.concatenate([part[2][name] for part in parts])[order] for name in names}
+        fitted = ~stats.held_out(found.clusters, self.seed)  # [D]: the half that it was fitted to
+        found.calibrated = stats.without(columns, fitted)
         for name, bins in (("ece_uncalibrated", found.records), ("ece_calibrated", found.calibrated)):
             found.metrics[name] = stats.held_out_ece(
                 bins,
@@ -126,7 +128,9 @@ class Evaluator:
         ids = [i for part in parts for i in part[0]]
         clusters = [c for part in parts for c in part[1]]
         columns = {name: np.concatenate([part[2][name] for part in parts]) for name in parts[0][2]}
-        unused = {name.removesuffix("_count") for name, c in columns.items() if name.endswith("_count") and not c.any()}
+        unused = {
+            name.removesuffix("_count") for name, c in columns.items() if name.endswith("_count") and _is_empty(c)
+        }
         unused |= {"grid"} if "margin" in unused else set()  # responses judged one by one make no pairs
         columns = {n: c for n, c in columns.items() if n.rpartition("_")[0] not in unused}
         order = np.argsort(np.array(ids), kind="stable")
@@ -156,3 +160,8 @@ class Evaluator:
         verdicts = {sample.id: float(bool(sample.verdict)) for sample in answers if sample.verified}
         if verdicts:
             columns["accuracy"] = np.array([verdicts.get(i, np.nan) for i in ids])
+
+
+def _is_empty(counts: np.ndarray) -> bool:
+    """Whether nothing was counted, in numbers [D], in bins [D, B] or in the bins that hold something, an array each."""
+    return not any(len(each) for each in counts) if counts.dtype == object else not counts.any()

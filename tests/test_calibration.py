@@ -26,6 +26,7 @@ from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.models.embedded import DIRECTORY
 from posttrain.models.load import load_tokenizer
 from posttrain.models.networks import Networks, build_network
+from posttrain.records import read_calibrated, read_records, write_records
 from posttrain.runtime import Runtime
 from posttrain.stages.likelihood import fitted_tokens
 from posttrain.tools.chat import chat, fitted_temperature
@@ -108,6 +109,34 @@ def test_the_bins_at_it_are_those_of_the_scaled_logits_on_the_other_half(found: 
     confidence = np.exp(plain - np.logaddexp.reduce(plain, 1, keepdims=True)).max(1)
     expected = stats.ece(confidence, plain.argmax(1) == labels[other], resamples=300)
     assert evaluation.metrics["ece_uncalibrated"].value == pytest.approx(expected.value, abs=1e-5)
+
+
+def test_equal_mass_bins_are_those_of_the_logits(found: Any) -> None:
+    evaluation, groups = found()
+    logits, labels, names = logits_of(groups)
+    confidence = np.exp(logits - np.logaddexp.reduce(logits, 1, keepdims=True)).max(1)
+    right = logits.argmax(1) == labels
+    expected = stats.ece(confidence, right, clusters=names, equal_mass=True, resamples=300, seed=42)
+    told = evaluation.metrics["ece_equal_mass"]
+    assert told.n == len(labels)
+    for name in ("value", "low", "high", "noise_floor"):
+        assert getattr(told, name) == pytest.approx(getattr(expected, name), abs=1e-5), name
+    blocks = zip(*(np.array_split(part[np.argsort(confidence)], 15) for part in (confidence, right)), strict=True)
+    gaps = [abs(hits.sum() - sure.sum()) / len(labels) for sure, hits in blocks]
+    assert told.value == pytest.approx(sum(gaps), abs=0.01)  # half of the tokens share the uppermost fine bins
+
+
+def test_the_file_gives_back_every_bin(found: Any) -> None:
+    evaluation, _ = found()
+    write_records(Path("r.parquet"), evaluation)
+    ids, clusters, records = read_records(Path("r.parquet"))
+    assert (ids, clusters) == (evaluation.ids, evaluation.clusters)
+    for kept, read in ((evaluation.records, records), (evaluation.calibrated, read_calibrated(Path("r.parquet")))):
+        assert kept.keys() == read.keys()
+        for name, column in kept.items():
+            assert all(np.array_equal(one, other) for one, other in zip(column, read[name], strict=True)), name
+    assert sum(map(len, evaluation.calibrated["bin_at"])) > 0
+    assert [len(at) > 0 for at in evaluation.calibrated["bin_at"]] == stats.held_out(clusters, 42).tolist()
 
 
 def test_one_token_in_so_many_is_enough(found: Any) -> None:

@@ -95,12 +95,12 @@ def test_three_runs_and_an_earlier_step(run: Run) -> None:
     assert [(each["name"], each["step"]) for each in found["runs"]] == [("a", 8), ("b", 4), ("a@4", 4)]
     tested = [
         each for table in found["tables"] for each in table["rows"]
-        if each["metric"] in ("nll", "bits_per_byte", "token_accuracy", "brier", "ece")
+        if each["metric"] in ("nll", "bits_per_byte", "token_accuracy", "brier", "ece", "ece_equal_mass")
     ]  # fmt: skip
     corrected = stats.holm([each["change"]["p_value"] for each in tested])
     assert [each["p_holm"] for each in tested] == pytest.approx(corrected.tolist())
     assert row(found, "perplexity")["p_holm"] == row(found, "nll")["p_holm"]
-    assert found["note"].startswith("10 scores are compared")
+    assert found["note"].startswith("12 scores are compared")
     with pytest.raises(ConfigError, match="no evaluation at step 5; there are 0, 4, 8"):
         compare_runs(["a", "a@5"])
 
@@ -208,8 +208,28 @@ def test_other_bins_leave_out_the_calibration_error_alone(run: Run) -> None:
     found = compare_runs(["a", "b"])
     names = {each["metric"] for each in found["tables"][0]["rows"]}
     assert "nll" in names
-    assert "ece" not in names
+    assert not {"ece", "ece_equal_mass"} & names
     assert any("other eval.bins" in warning for warning in found["warnings"])
+
+
+def test_records_of_an_earlier_version_have_no_equal_mass_bins(run: Run) -> None:
+    run("run.dir=a")
+    shutil.copytree("a", "old")
+    path = Path("old/eval/step-000004.parquet")
+    ids, clusters, records = read_records(path)
+    dense = {name: list(column) for name, column in stats.equal_width(records).items()}
+    write_table(
+        path, {"id": ids, "cluster": clusters, **{n: c for n, c in records.items() if n[:4] != "bin_"}, **dense}
+    )
+    found = compare_runs(["old", "a"])
+    assert row(found, "ece")["change"]["value"] == 0
+    assert "ece_equal_mass" not in {each["metric"] for each in found["tables"][0]["rows"]}
+    assert any("old keeps no fine histogram" in warning for warning in found["warnings"])
+    both = compare_runs(["a@0", "a"])
+    value = row(both, "ece_equal_mass")["change"]["value"]
+    assert value == row(both, "ece_equal_mass")["now"]["value"] - row(both, "ece_equal_mass")["baseline"]["value"]
+    assert not both["warnings"] or "fine" not in "".join(both["warnings"])
+    assert "ece" in {each["metric"] for each in compare_runs(["old@0", "old"])["tables"][0]["rows"]}
 
 
 def test_bits_per_byte_has_a_p_of_its_own_for_tokenizers_may_differ(run: Run) -> None:

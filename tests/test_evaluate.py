@@ -65,7 +65,10 @@ def parts_of(evaluator: Any, world: int) -> list[Any]:
 
 
 def same(a: Evaluation, b: Evaluation) -> bool:
-    columns = all(np.array_equal(a.records[name], b.records[name], equal_nan=True) for name in a.records)
+    def flat(column: np.ndarray) -> np.ndarray:
+        return np.concatenate(column) if column.dtype == object else column
+
+    columns = all(np.array_equal(flat(a.records[name]), flat(b.records[name]), equal_nan=True) for name in a.records)
     return repr(a.metrics) == repr(b.metrics) and a.ids == b.ids and a.clusters == b.clusters and columns
 
 

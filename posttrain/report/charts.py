@@ -46,8 +46,8 @@ def _calibration(run: Recorded, easel: Easel) -> list[Drawing]:
     sides += [(end, run.last, f"at step {end.step:,}")] if end else []
     for records, line, when in sides:
         if records is not None and (bars := calibration.bars(records, level(run))):
-            ece = _told(line[1] if line else {}, "ece")
-            found.append(calibration.diagram(easel, f"reliability {when}", bars, records.are_pairs, ece))
+            told = filter(None, (_told(line[1] if line else {}, name) for name in ("ece", "ece_equal_mass")))
+            found.append(calibration.diagram(easel, f"reliability {when}", bars, records.are_pairs, " ".join(told)))
     last = end or start
     if last is not None and (bars := calibration.bars(last, level(run), "calibrated_")):
         metrics = run.last[1] if run.last else {}
@@ -99,8 +99,8 @@ def lost(run: Recorded) -> str:
 
 
 def noise_floor(run: Recorded) -> str:
-    """What ece would read of a perfectly calibrated model; "" where it is not known."""
+    """What the calibration errors would read of a perfectly calibrated model; "" where it is not known."""
     metrics = (run.summary or {}).get("metrics") or (run.last[1] if run.last else {})
-    floor = metrics.get("ece_noise_floor")
-    value = floor.get("value") if isinstance(floor, dict) else None
-    return "" if value is None else number(value)
+    floors = {name: metrics.get(f"{name}_noise_floor") for name in ("ece", "ece_equal_mass")}
+    values = {name: floor.get("value") for name, floor in floors.items() if isinstance(floor, dict)}
+    return ", ".join(f"{name} {number(value)}" for name, value in values.items() if value is not None)

@@ -120,8 +120,9 @@ def result(session: Session, summary: Summary, first: Evaluation | None, last: E
             f"result on {len(set(last.clusters)):,} evaluation examples ({_level(session.cfg)} intervals)", header, rows
         )
         if "ece_noise_floor" in last.metrics:
-            floor = _plain(last, "ece_noise_floor")
-            console.line(f"  (a perfectly calibrated model would read ece {interval(floor)} on these examples)")
+            told = [name for name in ("ece", "ece_equal_mass") if f"{name}_noise_floor" in last.metrics]
+            floors = ", ".join(f"{name} {interval(_plain(last, f'{name}_noise_floor'))}" for name in told)
+            console.line(f"  (a perfectly calibrated model would read {floors} on these examples)")
         if "ece_calibrated" in last.metrics:
             names = ("temperature", "ece_uncalibrated", "ece_calibrated")
             fitted, before, after = (interval(_plain(last, name)) for name in names)

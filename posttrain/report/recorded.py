@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from posttrain.errors import CheckpointError, ConfigError
+from posttrain.records import column
 from posttrain.report.verdicts import watched
 
 Line = tuple[int, dict[str, Any]]
@@ -148,10 +149,7 @@ def _records(file: Path, bad: list[str]) -> Records | None:
     try:
         names = [name for name in pq.read_schema(file).names if name not in NOT_NEEDED]
         table = pq.read_table(file, columns=names).sort_by("id")
-        columns = {}
-        for name in (name for name in names if name not in ("id", "cluster")):
-            values = table[name].to_numpy(zero_copy_only=False)
-            columns[name] = np.stack(list(values)) if values.dtype == object and len(values) else values
+        columns = {name: column(table, name) for name in names if name not in ("id", "cluster")}
         clusters = np.asarray(table["cluster"].to_pylist(), dtype=str)
         return Records(int(file.stem.removeprefix("step-")), table["id"].to_pylist(), clusters, columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:

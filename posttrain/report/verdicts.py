@@ -7,7 +7,7 @@ from typing import Any
 SHOWN = (
     "accuracy", "pair_accuracy", "best_accuracy", "rank_correlation", "objective", "reward", "reward_sampled", "nll", "nll_best",
     "nll_worst", "perplexity", "bits_per_byte", "token_accuracy", "margin", "reward_chosen", "reward_rejected", "kl", "ece",
-    "brier", "temperature",
+    "ece_equal_mass", "brier", "temperature",
 )  # fmt: skip
 """Metrics of the final table, in its order; metrics.jsonl has all."""
 
@@ -64,4 +64,4 @@ def by_chance(change: dict[str, Any], p_holm: float | None) -> str:
 
 def claims_nothing(name: str, start_ece: float | None, start_pair_accuracy: float | None) -> bool:
     """A model that prefers neither response of any pair is never wrong about its confidence: nothing to be worse than."""
-    return name == "ece" and start_ece == 0.0 and start_pair_accuracy == 0.5
+    return name in ("ece", "ece_equal_mass") and start_ece == 0.0 and start_pair_accuracy == 0.5

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from posttrain.stages.base import Asked, Loss, Records, Stage
-from posttrain.stats import bin_edges
+from posttrain.stats import fine_bins
 
 if TYPE_CHECKING:
     from posttrain.data.batches import Batch
@@ -87,7 +87,7 @@ def fit_records(statistics: TokenStatistics, fitted: torch.Tensor, batch: Batch)
 
 
 def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Records:
-    """Sums over each Group's target tokens, fp64: the columns of an evaluation record, [groups] or [groups, bins].
+    """Sums over each Group's target tokens, fp64: the columns of an evaluation record, [groups].
 
     Calibration: confidence is the largest probability, correct is whether it fell on the target.
     """
@@ -98,14 +98,9 @@ def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Recor
     logprob = statistics.logprob.double().cpu().numpy()
     confidence = statistics.confidence.double().cpu().numpy()
     hit = statistics.top1_hit.double().cpu().numpy()
-    edges = bin_edges(bins, 0.0, 1.0)
-    where = owner * bins + np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
 
     def total(values: np.ndarray | None) -> np.ndarray:
         return np.bincount(owner, values, count).astype(np.float64)
-
-    def binned(values: np.ndarray | None) -> np.ndarray:
-        return np.bincount(where, values, count * bins).astype(np.float64).reshape(count, bins)
 
     return {
         "nll_sum": total(-logprob),
@@ -114,7 +109,5 @@ def token_records(statistics: TokenStatistics, batch: Batch, bins: int) -> Recor
         "chars": np.bincount(group, batch.chars, count),
         "correct": total(hit),
         "brier_sum": total((confidence - hit) ** 2),
-        "bin_count": binned(None),
-        "bin_confidence": binned(confidence),
-        "bin_correct": binned(hit),
+        **fine_bins(confidence, hit, owner, count, bins),
     }

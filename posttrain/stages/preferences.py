@@ -18,7 +18,7 @@ from posttrain.data.join import join_prompts
 from posttrain.data.preferences import oddities, standings
 from posttrain.errors import DataError
 from posttrain.stages.base import Asked, Records, Stage
-from posttrain.stats import bin_index, temperature_grid
+from posttrain.stats import fine_bins, temperature_grid
 
 if TYPE_CHECKING:
     from posttrain.data.batches import Batch
@@ -159,20 +159,17 @@ def pair_stats(h: Tensor, batch: Batch) -> dict[str, tuple[Tensor, float]]:
 
 def pair_records(h: Tensor, pairs: Pairs, batch: Batch, asked: Asked) -> Records:
     """Sums over each Group's pairs, fp64: accuracy (½ on a tie; pairs without a preferred side left out), nll, margin, brier,
-    calibration bins folded onto [½, 1], and what fitting a temperature needs. h: [P] margins of the first over the second.
+    the histogram of confidences folded onto [½, 1], and what fitting a temperature needs. h: [P] margins of the first over
+    the second.
     """
     margin, p = h.double().cpu().numpy(), pairs.p.double().cpu().numpy()
     owner, count = batch.group[pairs.first].cpu().numpy(), len(batch.ids)
     decided = p != 0.5
-    bins, confidence = asked.bins, expit(np.abs(margin) / asked.temperature)
+    confidence = expit(np.abs(margin) / asked.temperature)
     correct = np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
-    where = owner * bins + bin_index(confidence, bins, 0.5, 1.0)
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.bincount(owner, values, count).astype(np.float64)
-
-    def binned(values: np.ndarray) -> np.ndarray:
-        return np.bincount(where, values * decided, count * bins).astype(np.float64).reshape(count, bins)
 
     nll = p * np.logaddexp(0, -margin) + (1 - p) * np.logaddexp(0, margin)
     ones = np.ones_like(margin)
@@ -185,9 +182,7 @@ def pair_records(h: Tensor, pairs: Pairs, batch: Batch, asked: Asked) -> Records
         "margin_count": total(ones),
         "brier_sum": total(p * expit(-margin) ** 2 + (1 - p) * expit(margin) ** 2),
         "brier_count": total(ones),
-        "bin_count": binned(ones),
-        "bin_confidence": binned(confidence),
-        "bin_correct": binned(correct),
+        **fine_bins(confidence[decided], correct[decided], owner[decided], count, asked.bins, 0.5, 1.0),
         **_grid_records(margin, p, owner, count),
     }
 

@@ -10,6 +10,7 @@ from posttrain.stats.calibration_error import CalibrationError
 from posttrain.stats.compare import paired_difference
 from posttrain.stats.differences import PairedDifference
 from posttrain.stats.estimate import Estimate
+from posttrain.stats.fine_bins import BIN_COLUMNS, bins_of, equal_width, fine_bins, is_fine, without
 from posttrain.stats.intervals import accuracy, clustered_wilson, wald, wilson
 from posttrain.stats.ratios import bits_per_byte, bits_per_char, bits_per_token, bootstrap, nll, perplexity
 from posttrain.stats.records import LOWER_IS_BETTER, NEITHER, paired, summarise
@@ -19,6 +20,7 @@ from posttrain.stats.temperature import Temperature, fit_temperature
 from posttrain.stats.temperature_grid import fit_temperature_on_grid, held_out, held_out_ece, temperature_grid
 
 __all__ = [
+    "BIN_COLUMNS",
     "LOWER_IS_BETTER",
     "NEITHER",
     "BinSums",
@@ -31,6 +33,7 @@ __all__ = [
     "bin_edges",
     "bin_index",
     "bin_sums",
+    "bins_of",
     "bits_per_byte",
     "bits_per_char",
     "bits_per_token",
@@ -39,12 +42,15 @@ __all__ = [
     "clustered_wilson",
     "ece",
     "ece_from_bins",
+    "equal_width",
+    "fine_bins",
     "fit_temperature",
     "fit_temperature_on_grid",
     "fold_pairs",
     "held_out",
     "held_out_ece",
     "holm",
+    "is_fine",
     "mce",
     "mce_from_bins",
     "mcnemar",
@@ -59,4 +65,5 @@ __all__ = [
     "temperature_grid",
     "wald",
     "wilson",
+    "without",
 ]

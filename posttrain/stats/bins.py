@@ -83,7 +83,7 @@ def bin_sums(
     check_bins(bins)
     where = bin_index(sure, FINE * bins if equal_mass else bins, low, high)
     if equal_mass:
-        starts = _equal_mass_starts(np.bincount(where, minlength=FINE * bins), bins)
+        starts = equal_mass_starts(np.bincount(where, minlength=FINE * bins), bins)
         where, bins = np.searchsorted(starts, where, side="right") - 1, len(starts)
     columns = {}
     for name, values in {"items": np.ones(len(sure)), "confidence": sure, "correct": right}.items():
@@ -98,11 +98,11 @@ def merge_equal_mass(sums: BinSums, bins: int = 15) -> BinSums:
     Nguyen & O'Connor (2015), arXiv:1508.05154 (adaptive binning). A fine bin is never split, so where many items
     share one the result has fewer, unequal bins.
     """
-    starts = _equal_mass_starts(sums.items.sum(axis=0), check_bins(bins))
+    starts = equal_mass_starts(sums.items.sum(axis=0), check_bins(bins))
     return BinSums(*(np.add.reduceat(column, starts, axis=1) for column in sums))
 
 
-def _equal_mass_starts(counts: Array, bins: int) -> Array:
+def equal_mass_starts(counts: Array, bins: int) -> Array:
     """The fine bins [<= bins] at which the merged ones begin, from the fine bins' counts [F]."""
     mass = np.cumsum(counts)
     cuts = np.searchsorted(mass, mass[-1] * np.arange(1, bins) / bins, side="left") + 1

@@ -16,7 +16,7 @@ from posttrain.stats.intervals import FEW
 from posttrain.stats.scores import Score, divide, estimate, percentile
 from posttrain.stats.significance import DETECTABLE, mcnemar, two_sided_p
 
-POINTS = {"accuracy", "pair_accuracy", "token_accuracy", "ece"}  # told in points, hundredths
+POINTS = {"accuracy", "pair_accuracy", "token_accuracy", "ece", "ece_equal_mass"}  # told in points, hundredths
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Columns, fp64, one row an example (a document, or one window of it):
     nll_sum, tokens, bytes, chars            Σ -log p over the scored tokens, and what they cover
     correct                                  tokens whose argmax is the label
     brier_sum                                Σ (confidence - correct)²
-    bin_count, bin_confidence, bin_correct   [D, B]: items, Σ confidence, Σ correct in each calibration bin
+    bin_fine, bin_at, bin_count, bin_confidence, bin_correct   a fine histogram of confidences (fine_bins.py); without the first
+                                             two [D, B]: items, Σ confidence, Σ correct in equal-width bins alone
     X_sum, X_count                           a score X of its own: pair_accuracy, margin, kl ... (nll of pairs, not tokens)
     grid_logsumexp, grid_slope, grid_label   what a temperature is fitted to, on temperature_grid() (temperature_grid.py)
     grid_items                               how many items these are of, where they are not of all
@@ -27,16 +28,17 @@ from posttrain.stats.inputs import Array, check_level, check_resamples
 from posttrain.stats.intervals import clustered_wilson
 from posttrain.stats.scores import estimate, exponentiated
 from posttrain.stats.table import (
-    GAP,
+    BINNED,
     GRID,
     GRID_ITEMS,
     RATIOS,
     ROWS,
     Columns,
     available,
+    binned,
+    calibration_draws,
     calibration_sums,
     gather,
-    has_bins,
     has_grid,
     is_proportion,
     length,
@@ -53,6 +55,7 @@ LOWER_IS_BETTER = {
     "bits_per_char",
     "brier",
     "ece",
+    "ece_equal_mass",
     "kl",
     "nll_best",
     "objective",
@@ -75,18 +78,20 @@ def summarise(
     bins: int = 15,
 ) -> dict[str, Estimate]:
     """Every score of these records: nll, perplexity, bits_per_token, bits_per_byte, bits_per_char, token_accuracy,
-    brier, the mean of every further column, ece, ece_noise_floor (a value alone), mce.
+    brier, the mean of every further column, ece, ece_noise_floor (a value alone), mce; of a fine histogram also
+    ece_equal_mass with its noise floor, over at most `bins` bins chosen once, from all rows.
 
     ids [D] are unique; rows are sorted by them, so no digit depends on their order. Rows of one cluster [D] (windows of
     a document) are summed first and resampled together. Ratios have a percentile bootstrap interval (t below 30
-    clusters), proportions (token_accuracy and columns of 0, 1/2, 1) Wilson's for clusters, ece and mce the corrected
+    clusters), proportions (token_accuracy and columns of 0, 1/2, 1) Wilson's for clusters, calibration the corrected
     one (calibration_error.py). ValueError for missing shapes, repeated ids, numbers that are not finite.
     """
     check_level(level), check_resamples(resamples)
     rows = gather(columns, ids, clusters, bins)
     (drawn,) = resample([rows], resamples, seed)
     found = {name: _estimate(name, rows, drawn, level) for name in available(rows)}
-    found |= _calibration(rows, drawn, level) if has_bins(rows) else {}
+    for name in binned(rows):
+        found |= _calibration(name, rows, drawn, level)
     return found | (_temperature(rows, level, resamples, seed) if has_grid(rows) else {})
 
 
@@ -104,8 +109,8 @@ def paired(
     names: tuple[str, str] = ("A", "B"),
     lower_is_better: Collection[str] = LOWER_IS_BETTER,
 ) -> dict[str, PairedDifference]:
-    """A minus B on the same examples, joined by id: nll, perplexity, bits_per_byte, token_accuracy, brier, ece, and
-    every further column that both have (accuracy, pair_accuracy, reward, ...).
+    """A minus B on the same examples, joined by id: nll, perplexity, bits_per_byte, token_accuracy, brier, ece,
+    ece_equal_mass (each side in its own bins), and every further column that both have (accuracy, pair_accuracy, ...).
 
     The same resamples serve both sides and all scores. ValueError, saying what differs, for sets of ids or clusters
     that are not the same. Clusters may be given for one side alone. lower_is_better: names of scores.
@@ -121,8 +126,7 @@ def paired(
     drawn = resample(both, resamples, seed)
     shared = [name for name in available(both[0]) if name in available(both[1])]
     compared = [name for name in shared if name in COMPARED or name not in RATIOS]
-    if all(has_bins(rows) for rows in both):
-        compared.append("ece")
+    compared += [name for name in binned(both[0]) if name in binned(both[1])]
     return {name: _compare(name, both, drawn, level, names, name in lower_is_better) for name in compared}
 
 
@@ -135,13 +139,14 @@ def _estimate(name: str, rows: Columns, drawn: Columns, level: float) -> Estimat
     return exponentiated(found) if name == "perplexity" else found
 
 
-def _calibration(rows: Columns, drawn: Columns, level: float) -> dict[str, Estimate]:
-    sums, draws = calibration_sums(rows), (drawn[GAP], drawn["bin_count"])
+def _calibration(name: str, rows: Columns, drawn: Columns, level: float) -> dict[str, Estimate]:
+    sums, draws = calibration_sums(name, rows), calibration_draws(name, drawn)
     error = ece_estimate(sums, draws, level)
     floor = nothing("mean of the centred null", error.clusters)
     if error.noise_floor is not None:
         floor = Estimate(error.noise_floor, None, None, None, error.n, error.clusters, floor.method)
-    return {"ece": error, "ece_noise_floor": floor, "mce": mce_estimate(sums, draws, level)}
+    found: dict[str, Estimate] = {name: error, f"{name}_noise_floor": floor}
+    return found | ({"mce": mce_estimate(sums, draws, level)} if name == "ece" else {})
 
 
 def _temperature(rows: Columns, level: float, resamples: int, seed: int) -> dict[str, Estimate]:
@@ -160,7 +165,7 @@ def _compare(
     name: str, both: list[Columns], drawn: list[Columns], level: float, names: tuple[str, str], lower: bool
 ) -> PairedDifference:
     score_a, score_b = (score_of(name, rows, draws) for rows, draws in zip(both, drawn, strict=True))
-    if name == "ece":
+    if name in BINNED:
         items_a, items_b = ((np.empty(0), rows["bin_count"].sum(axis=1)) for rows in both)
     else:
         above, below, _ = available(both[0])[name]

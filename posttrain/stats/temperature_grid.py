@@ -14,10 +14,10 @@ from scipy.interpolate import CubicHermiteSpline, CubicSpline
 from posttrain.stats.calibration import ece_from_bins
 from posttrain.stats.calibration_error import CalibrationError
 from posttrain.stats.estimate import nothing
+from posttrain.stats.fine_bins import BINS, equal_width
 from posttrain.stats.identity import as_ids, cluster_sums, sort_by_id
 from posttrain.stats.inputs import Array, check_finite, check_level, table, vector
 from posttrain.stats.ratios import nll
-from posttrain.stats.table import BINS
 from posttrain.stats.temperature import Temperature, interval, minimise
 
 
@@ -83,10 +83,11 @@ def held_out(names: Any, seed: int = 0) -> Array:
 def held_out_ece(
     bins: dict[str, Any], names: Any, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> CalibrationError:
-    """`ece` of the held-out half alone. bins: bin_count, bin_confidence and bin_correct [D, B]; names: [D] their documents."""
+    """`ece` of the held-out half alone. bins: the bin columns of records; names: [D] their documents."""
+    columns = equal_width(bins)
     chosen = held_out(names, seed)
     documents = as_ids("names", names, len(names))[chosen]
-    sums = cluster_sums({name: np.asarray(bins[name])[chosen] for name in BINS}, documents)
+    sums = cluster_sums({name: columns[name][chosen] for name in BINS}, documents)
     return ece_from_bins(*(sums[name] for name in BINS), level=level, resamples=resamples, seed=seed)
 
 

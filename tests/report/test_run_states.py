@@ -22,6 +22,7 @@ from posttrain.report.page import write_report
 from posttrain.report.recorded import read_run
 from posttrain.report.untrusted import excerpt, one_line, visible
 from posttrain.stages.base import find, names
+from posttrain.stats import fine_bins
 
 NOON = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
 
@@ -226,6 +227,10 @@ def test_reliability_has_wilsons_bars_and_a_panel_at_the_fitted_temperature():
     (bar,) = calibration.bars(start, 0.95)
     assert (bar.items, bar.confidence, bar.accuracy.value) == (8, pytest.approx(0.7), 0.75)
     assert (bar.accuracy.low, bar.accuracy.high) == (pytest.approx(0.4093, abs=1e-3), pytest.approx(0.9285, abs=1e-3))
+    fine = fine_bins([0.7] * 8, [1] * 6 + [0] * 2, range(8), 8, 4)
+    records(path, 0, tokens=np.ones(8), **fine, **at_t)
+    (same,) = calibration.bars(read_run(path).records[0], 0.95)
+    assert same == bar
     (fitted,) = calibration.bars(start, 0.95, "calibrated_")
     assert (fitted.items, fitted.accuracy.value) == (4, 1.0)
     titles = [each.title for each in of_run(read_run(path), Easel())["calibration"]]

@@ -14,6 +14,7 @@ from posttrain.stages.base import find, names
 from posttrain.stages.likelihood import token_records
 from posttrain.stages.pretrain import Pretrain
 from posttrain.stages.sft import SFT
+from posttrain.stats import equal_width
 
 
 @pytest.fixture
@@ -62,11 +63,16 @@ def test_an_examples_record_is_its_sums(batch: Batch) -> None:
     assert found["correct"].tolist() == [2, 0]
     assert (found["bytes"].tolist(), found["chars"].tolist()) == ([6, 2], [5, 2])
     assert found["brier_sum"] == pytest.approx([0.01 + 0.25 + 0.16, 0.0625])
-    # bins [0, .25) [.25, .5) [.5, .75) [.75, 1]: .5 and .25 are the lower ends of theirs
-    assert found["bin_count"].tolist() == [[0, 0, 2, 1], [0, 1, 0, 0]]
-    np.testing.assert_allclose(found["bin_confidence"], [[0, 0, 1.1, 0.9], [0, 0.25, 0, 0]], rtol=1e-6)
-    assert found["bin_correct"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
-    assert all(column.dtype == np.float64 for column in found.values())
+    # 64 fine bins to each of the 4: .5 and .25 are the lower ends of theirs, .6 is 153.6/256 and .9 is 230.4/256
+    assert found["bin_fine"].tolist() == [256, 256]
+    assert [each.tolist() for each in found["bin_at"]] == [[128, 153, 230], [64]]
+    # bins [0, .25) [.25, .5) [.5, .75) [.75, 1]
+    bins = equal_width(found)
+    assert bins["bin_count"].tolist() == [[0, 0, 2, 1], [0, 1, 0, 0]]
+    np.testing.assert_allclose(bins["bin_confidence"], [[0, 0, 1.1, 0.9], [0, 0.25, 0, 0]], rtol=1e-6)
+    assert bins["bin_correct"].tolist() == [[0, 0, 1, 1], [0, 0, 0, 0]]
+    assert all(column.dtype == np.float64 for column in bins.values())
+    assert all(column.dtype == np.float64 for name, column in found.items() if not name.startswith("bin_"))
 
 
 def test_of_judged_responses_sft_trains_the_best_and_says_so() -> None:

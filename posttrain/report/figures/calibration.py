@@ -9,25 +9,26 @@ import numpy as np
 from posttrain.report.figures.svg import GRID, INK, NOW, SURFACE, WIDTH, Drawing, Easel, axes
 from posttrain.report.numbers import number
 from posttrain.report.recorded import Records
-from posttrain.stats import ReliabilityBin, reliability
+from posttrain.stats import BIN_COLUMNS, ReliabilityBin, equal_width, reliability
+from posttrain.stats.fine_bins import BINS
 from posttrain.stats.identity import cluster_sums
 
-PARTS = ("bin_count", "bin_confidence", "bin_correct")
 HEIGHT = 330
 
 
 def bars(records: Records | None, level: float, prefix: str = "") -> list[ReliabilityBin]:
     """The bins of an evaluation that hold something; prefix "calibrated_": those at the fitted temperature."""
-    names = [f"{prefix}{part}" for part in PARTS]
-    if records is None or not all(name in records.columns for name in names) or not len(records.ids):
+    kept = records.columns if records is not None and len(records.ids) else {}
+    found = {name: kept[prefix + name] for name in BIN_COLUMNS if prefix + name in kept}
+    if records is None or not all(name in found for name in BINS):
         return []
-    columns = {name: records.columns[name] for name in names}
-    held = columns[names[0]].sum(axis=1) > 0
+    columns = equal_width(found)
+    held = columns["bin_count"].sum(axis=1) > 0
     if not held.any():
         return []
     summed = cluster_sums({name: column[held] for name, column in columns.items()}, records.clusters[held])
     low = 0.5 if records.are_pairs else 0.0
-    count, confidence, correct = (summed[name] for name in names)
+    count, confidence, correct = (summed[name] for name in BINS)
     return [bar for bar in reliability(count, confidence, correct, low, level=level) if bar.items]
 
 
