@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 from vllm_like import VLLMLike
 
 from posttrain.errors import ConfigError, TrainingError
+from posttrain.models.adapters import add_adapter
 from posttrain.models.embedded import DIRECTORY
+from posttrain.rollout_server import refuse_unreadable
 
 Run = Callable[..., Any]
 PPO = (
@@ -61,3 +65,20 @@ def test_what_goes_wrong_there_is_told(run: Run, server: VLLMLike) -> None:
     server.fail_at = "/v1/completions"
     with pytest.raises(TrainingError, match=r"refused /v1/completions \(500\).*out of memory"):
         run(*PPO, f"stage.rollout_server={server.url}", "run.dir=s")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [({"name": "bottleneck"}, "bottleneck"), ({"dora": True}, "use_dora"), ({"alphas": {"v_proj": 2}}, "alpha_p"), ({}, "")],
+)  # fmt: skip
+def test_what_came_by_a_path_is_looked_at_too(adapter: dict[str, Any], named: str) -> None:
+    plain = {"name": "lora", "path": None, "targets": "qv", "rank": 2, "alpha": 4, "dropout": 0.0, "rslora": False, "dora": False,
+             "ranks": {}, "alphas": {}, "placement": "both", "width": 4, "activation": "gelu"}  # fmt: skip
+    chosen: Any = SimpleNamespace(**plain | adapter)
+    network = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+    model: Any = add_adapter(network, chosen, seed=0)[0]
+    if not named:
+        refuse_unreadable(model, network)
+        return
+    with pytest.raises(ConfigError, match=f"without DoRA, and this model has {named}"):
+        refuse_unreadable(model, network)
