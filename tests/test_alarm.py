@@ -82,7 +82,7 @@ def test_a_store_that_is_gone_is_told(
     listen(1)
     del launch["server"]
     assert launch["ended"].wait(10)
-    assert "posttrain: rank 1 ends: the launch's store at 127.0.0.1:" in capfd.readouterr().err
+    assert "posttrain: error: rank 1 ends: the launch's store at 127.0.0.1:" in capfd.readouterr().err
 
 
 def test_after_the_run_nothing_is_heard(
