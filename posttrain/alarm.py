@@ -117,8 +117,7 @@ class Alarm:
                     self._count()
                 self.unanswered = 0
             except Exception as error:  # a network that falters, or a store that went with rank 0 or the launcher
-                lost = self._look_again(error)
-                if lost:
+                if not self.stopped.is_set() and (lost := self._look_again(error)):
                     break
         if not self.stopped.wait(GRACE_S):
             if not lost:

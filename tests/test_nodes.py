@@ -36,7 +36,14 @@ class Node:
     def start(self, port: int, *command: str) -> None:
         """torchrun on this node, its output in NAME.txt; the first node has the rendezvous."""
         torchrun = [
-            *("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=test"),
+            *(
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                "--nproc_per_node=1",
+                "--rdzv_backend=c10d",
+                "--rdzv_id=test",
+            ),
             *(f"--rdzv_endpoint={ADDRESSES[0]}:{port}", f"--rdzv_conf=is_host={int(self.number == 0)}"),
             f"--local_addr={self.address}",
         ]
@@ -175,7 +182,12 @@ def test_a_node_is_killed_and_the_run_goes_on(nodes: list[Node], run: Run) -> No
 
 def apart(nodes: list[Node], interface: str) -> list[dict[str, Any]]:
     """What makes a rank of each node."""
-    environment = {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": interface, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environment = {
+        "MASTER_ADDR": ADDRESSES[0],
+        "GLOO_SOCKET_IFNAME": interface,
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+    }
     return [{"namespace": node.name, "environment": environment} for node in nodes]
 
 
@@ -191,7 +203,9 @@ def test_a_cable_that_is_pulled(nodes: list[Node], posttrain_process: Run) -> No
     assert done["statuses"] == [1, 1], done["output"]
     assert "step 5/" in done["output"]
     assert "step 9/" not in done["output"]
-    assert f"posttrain: error: rank 1 on {nodes[1].name} has said nothing for 8 s: its machine is down" in done["output"]
+    assert (
+        f"posttrain: error: rank 1 on {nodes[1].name} has said nothing for 8 s: its machine is down" in done["output"]
+    )
     assert f"posttrain: error: rank 1 ends: the launch's store at {ADDRESSES[0]}:" in done["output"]
     assert "has not answered for 8 s: the machine of rank 0 is down, or the network to it" in done["output"]
     assert done["seconds"] < 60

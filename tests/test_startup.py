@@ -73,7 +73,9 @@ def test_other_settings_on_a_rank(posttrain_process: Run) -> None:
     done = posttrain_process("run.dir=r", ranks=2, each=[{}, {"arguments": ["optim.lr=2e-4", "train.seed=1"]}])
     host = socket.gethostname()
     other = f"rank 1 on {host} has other settings than rank 0 on {host}: "
-    told_once(done, f"{other}optim.lr 0.0002 there, 0.0001 on rank 0, train.seed 1 there, 42 on rank 0; start every rank")
+    told_once(
+        done, f"{other}optim.lr 0.0002 there, 0.0001 on rank 0, train.seed 1 there, 42 on rank 0; start every rank"
+    )
 
 
 def test_other_versions_on_a_rank(posttrain_process: Run, tmp_path: Path) -> None:
@@ -83,7 +85,10 @@ def test_other_versions_on_a_rank(posttrain_process: Run, tmp_path: Path) -> Non
     (tmp_path / "numpy-0.1.dist-info").mkdir()
     (tmp_path / "numpy-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
     done = posttrain_process("run.dir=r", ranks=2, on_rank=1, first_path=str(tmp_path))
-    told_once(done, f"has other versions than rank 0 on {socket.gethostname()}: numpy 0.1 there, {numpy.__version__} on rank 0")
+    told_once(
+        done,
+        f"has other versions than rank 0 on {socket.gethostname()}: numpy 0.1 there, {numpy.__version__} on rank 0",
+    )
 
 
 def test_other_data_on_a_rank(posttrain_process: Run, tmp_path: Path) -> None:
@@ -96,7 +101,9 @@ def test_other_data_on_a_rank(posttrain_process: Run, tmp_path: Path) -> None:
     each = [{"folder": str(folder)} for folder in folders]
     done = posttrain_process("data.train=d.jsonl", "data.eval=", f"run.dir={tmp_path}/r", ranks=2, each=each)
     host = socket.gethostname()
-    told_once(done, f"rank 1 on {host} reads other data than rank 0 on {host}: the files of data.train or data.eval differ")
+    told_once(
+        done, f"rank 1 on {host} reads other data than rank 0 on {host}: the files of data.train or data.eval differ"
+    )
     each[1] = each[0]
     same = posttrain_process("data.train=d.jsonl", "data.eval=", f"run.dir={tmp_path}/r", ranks=2, each=each)
     assert same["statuses"] == [0, 0], same["output"]
