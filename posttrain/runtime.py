@@ -6,8 +6,10 @@ import atexit
 import os
 import random
 import resource
+import signal
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
 from types import MethodType
@@ -22,9 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging as transformers_logging
 
-from posttrain.alarm import Alarm
+from posttrain.alarm import AGAIN, Alarm, lost_connection
 from posttrain.allocator import keep_freed_memory
-from posttrain.errors import ConfigError, Stopped, tell_here
+from posttrain.errors import ConfigError, Stopped, TrainingError, tell_here
 from posttrain.models.sharding import shard, whole
 from posttrain.precision import COMPUTE, LossScaler, check_device, check_environment, described
 
@@ -181,8 +183,16 @@ class Runtime:
             self.close()
             raise
         except Exception as error:
-            self._fail(error)
-            raise
+            said = lost_connection(error)
+            if said is None:
+                self._fail(error)
+                raise
+            lost = TrainingError(
+                f"rank {self.rank} on {socket.gethostname()} lost another rank, which ended, or was killed, without a word: its "
+                f"own output, or its machine's log, may say why ({said}); {AGAIN}"
+            )
+            self._fail(lost)
+            raise lost from error
         if closing:
             self.close()
 
@@ -196,6 +206,10 @@ class Runtime:
 
     def _fail(self, error: Exception) -> None:
         """Tell the other ranks, or the error that another rank told before; then leave, so that none waits for this one."""
+        if self.alarm:
+            with suppress(ValueError):  # outside the main thread
+                # the launcher, which may see the same, would end this process before it has told its error
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
         first = self.alarm.ring(f"{type(error).__name__}: {error}") if self.alarm else None
         self.close()
         if self.alarm is None:

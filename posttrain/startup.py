@@ -15,8 +15,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed import DistError
+
+from posttrain.alarm import lost_connection
 from posttrain.environment import PACKAGES, package_version
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, TrainingError, tell_here
 from posttrain.rundir import flat
 from posttrain.runtime import Runtime
 
@@ -31,8 +34,17 @@ def open_runtime(cfg: Config) -> Runtime:
     """The runtime of a config that computes; its ranks have met, and agree."""
     check_not_alone(os.environ, cfg.run.processes)
     with Deadline(cfg.distribution.connect_seconds):
-        runtime = Runtime(cfg.precision.name, cfg.distribution.name, offload=cfg.distribution.cpu_offload)
-        assert runtime.global_sum({"ranks": 1.0})["ranks"] == runtime.world
+        try:
+            runtime = Runtime(cfg.precision.name, cfg.distribution.name, offload=cfg.distribution.cpu_offload)
+            ranks = runtime.global_sum({"ranks": 1.0})["ranks"]
+        except RuntimeError as error:
+            said = lost_connection(error) or (str(error) if isinstance(error, DistError) else None)
+            if said is None:
+                raise
+            unjoined = TrainingError(f"{_who(os.environ)} cannot join the others ({said}). {advice(os.environ)}")
+            tell_here(unjoined, True)  # the ranks do not know of each other yet
+            raise unjoined from error
+        assert ranks == runtime.world
     with runtime.together(closing=False):
         check_agreement(runtime, cfg.as_dict())
     return runtime
@@ -89,17 +101,27 @@ class Deadline:
 
 
 def unreached(environment: Mapping[str, str], seconds: float) -> str:
-    """Why the first sum over all ranks may not come."""
-    rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    """What a rank says whose first sum over all ranks does not come."""
+    return (
+        f"posttrain: error: {_who(environment)} has waited {seconds:g} s for the first sum over all ranks. "
+        f"{advice(environment)}; distribution.connect_seconds gives it longer"
+    )
+
+
+def advice(environment: Mapping[str, str]) -> str:
+    """Why ranks may not reach each other, and what to try."""
     place = f"{environment.get('MASTER_ADDR', '?')}:{environment.get('MASTER_PORT', '?')}"
     names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
     chosen = ", ".join(f"{name}={environment.get(name, 'unset')}" for name in names)
     return (
-        f"posttrain: error: rank {rank} of {world} on {socket.gethostname()} has waited {seconds:g} s for the first sum over all "
-        f"ranks (store at {place}). Either a rank has not started (see its output), or a firewall is between the nodes, or they "
-        f"talk over the wrong network: name the interface that joins them ({chosen}). NCCL_DEBUG=INFO tells more; "
-        "distribution.connect_seconds gives it longer"
+        f"Their store is at {place}. Either a rank has not started (see its output), or a firewall is between the nodes, or "
+        f"they talk over the wrong network: name the interface that joins them ({chosen}). NCCL_DEBUG=INFO tells more"
     )
+
+
+def _who(environment: Mapping[str, str]) -> str:
+    rank, world = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
+    return f"rank {rank} of {world} on {socket.gethostname()}"
 
 
 def check_agreement(runtime: Runtime, config: dict[str, Any]) -> None:

@@ -11,8 +11,14 @@ Each line of standard input is a JSON task, each line of standard output its res
      "poison": [target, call] | null,                         this call's result (its first part) is made infinite
      "fail": [target, call, message] | null,                  this call raises OSError(message): refused by the disk
      "hang": target | null,                                   this call sleeps for good
+     "commands": [[target, call, command], ...] | null,       shell commands, run before those calls
+     "exit": target | null,                                   this call ends the process with status 7, without a word
+     "first_path": folder | null,                             where modules are looked for first
+     "set": {target: value, ...} | null,                      constants of the code
      "others": {...},                                         what befalls the ranks other than on_rank
      "ranks": processes of one run (1),                       joined by gloo, as torchrun would start them
+     "each": [{"arguments": [...], "environment": {...}, "folder": cwd, "namespace": the network it is in}, ...] | null,
+                                                              what each rank has of its own
      "on_rank": r | null,                                     what befalls it befalls this rank alone
      "launches": true | null}                                 posttrain starts processes itself, which are forked from this
                                                               one (tests/forked.py) and are those that it befalls
@@ -21,6 +27,7 @@ Each line of standard input is a JSON task, each line of standard output its res
 A rank that dies of SIGKILL takes the others along, as a machine that fails does. After 100 s all are killed.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -29,6 +36,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -36,6 +44,7 @@ from forked import fork_launches
 from warm import warm
 
 LIMIT_S = 100
+CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 
 
 def find(target):
@@ -114,11 +123,22 @@ def befall(task, rank):
         poison(*task["poison"])
     if task.get("fail"):
         refuse(*task["fail"])
+    for target, number, command in task.get("commands") or []:
+        at_call(target, number, lambda command=command: subprocess.run(command, shell=True, check=True), "before")
+    for target, value in (task.get("set") or {}).items():
+        setattr(*find(target), value)
+    if task.get("first_path"):
+        sys.path.insert(0, task["first_path"])
+    if task.get("exit"):
+        at_call(task["exit"], 1, lambda: os._exit(7), "before")
     if task.get("hang"):
         at_call(task["hang"], 1, lambda: time.sleep(1_000), "before")
 
 
 def child(task, rank):
+    if task.get("on_rank") not in (None, rank):
+        own = {name: value for name, value in task.get("others", {}).items() if name in ("arguments", "folder")}
+        task = {**task, **own}
     os.chdir(task["folder"])
     if task.get("launches"):
         fork_launches(lambda rank: befall(task, rank))
@@ -132,6 +152,15 @@ def child(task, rank):
     return status
 
 
+def enter(namespace):
+    """This process joins a network namespace of `ip netns` (os.setns is Python 3.12's), under its name."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as network:
+        if libc.setns(network.fileno(), CLONE_NEWNET) or libc.unshare(CLONE_NEWUTS):
+            raise OSError(ctypes.get_errno(), namespace)
+    socket.sethostname(namespace)
+
+
 def start(task, rank, writing, launch):
     """Fork one rank; launch: what a launcher puts into the environment."""
     process = os.fork()
@@ -141,8 +170,12 @@ def start(task, rank, writing, launch):
     try:
         os.dup2(writing, 1)
         os.dup2(writing, 2)
-        os.environ |= task.get("environment", {}) | launch
-        status = child(task, rank)
+        own = (task.get("each") or {rank: {}})[rank]
+        os.environ |= task.get("environment", {}) | launch | own.get("environment", {})
+        if "namespace" in own:
+            enter(own["namespace"])
+        arguments = task["arguments"] + own.get("arguments", [])
+        status = child({**task, "arguments": arguments, "folder": own.get("folder", task["folder"])}, rank)
     finally:
         os._exit(status)
 

@@ -27,7 +27,9 @@ class AutocastFloat8Linear(Float8Linear):  # torchao has no types
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
-        if not self.in_float8 or not torch.is_autocast_enabled(device) or not input.numel():  # an empty tensor has no largest magnitude
+        if (
+            not self.in_float8 or not torch.is_autocast_enabled(device) or not input.numel()
+        ):  # an empty tensor has no largest magnitude
             return nn.functional.linear(input, self.weight, self.bias)
         input = input.to(torch.get_autocast_dtype(device))
         output: Tensor = matmul_with_hp_or_float8_args.apply(input, self.weight.t(), self.linear_mm_config, self.config)
