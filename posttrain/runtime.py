@@ -6,7 +6,7 @@ import atexit
 import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from posttrain.alarm import Alarm
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, tell_here
 from posttrain.models.sharding import shard, whole
+from posttrain.zero import Zero, check_installed
 
 MIXED = {"fp32": "no", "tf32": "no", "bf16": "bf16"}
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -45,8 +46,13 @@ class Runtime:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
         self.shards, self.offload = distribution == "fsdp", offload
-        if self.shards:
-            os.environ.pop("ACCELERATE_USE_FSDP", None)  # agreed with; what is sharded, and how, is decided here
+        self.zeros = distribution == "deepspeed"
+        self.zero: Zero | None = None
+        if self.zeros:
+            check_installed()
+        if self.shards or self.zeros:
+            for flag in LAUNCHED_AS:  # agreed with; what is in parts, and how, is decided here
+                os.environ.pop(flag, None)
             _join()
         AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
         self.accelerator = Accelerator(
@@ -63,7 +69,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Device, precision and world size in one line."""
-        kind = "FSDP" if self.shards else "DDP"
+        kind = "FSDP" if self.shards else "DeepSpeed" if self.zeros else "DDP"
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
         processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind}, {backend})"
         if self.device.type == "cuda":
@@ -83,13 +89,29 @@ class Runtime:
         shard(network, mesh, self.compute_dtype, self.offload, full=quantized or self.world == 1)
         return network
 
-    def wrap(self, module: nn.Module, find_unused: bool = False) -> nn.Module:
+    def wrap(
+        self,
+        module: nn.Module,
+        find_unused: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+        max_norm: float = 0.0,
+    ) -> nn.Module:
         """What was placed, under autocast where precision says so, gradients synchronised over ranks.
 
-        find_unused: a forward may leave parameters without a gradient (experts that no token was sent to).
+        find_unused: a forward may leave parameters without a gradient (experts that no token was sent to). optimizer, max_norm:
+        of a run that trains.
         """
         if self.shards:
             return module
+        if self.zeros and optimizer is not None:
+            if find_unused:
+                raise ConfigError(
+                    "distribution=deepspeed with a mixture of experts: ZeRO adds up gradients in the order in which they come, "
+                    "and an expert that a rank sends no token to has none there; set distribution=fsdp"
+                )
+            half = self.compute_dtype if MIXED[self.precision] != "no" else None
+            self.zero = Zero(module, optimizer, self.offload, half, max_norm)
+            return self.zero
         self.accelerator.ddp_handler.find_unused_parameters = find_unused
         wrapped: nn.Module = self.accelerator.prepare(module)
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
@@ -110,10 +132,35 @@ class Runtime:
     def sync_only(self, last: bool, module: nn.Module) -> Any:
         """Gradients are reduced in the last micro-batch's backward only; but where they lie in parts in each, for a rank has no
         room to gather them whole."""
+        if self.zero is not None:
+            self.zero.accumulates(last)
+            return nullcontext()
         return nullcontext() if last or self.shards else self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        check: Callable[[Tensor], None],
+    ) -> Tensor:
+        """One step of the optimizer, clipped to max_norm; returns the global norm before. check: of that norm; where it raises
+        nothing has moved."""
+        if self.zero is not None:
+            norm = self.zero.step()
+            check(norm)
+            return norm
+        norm = self.clip(parameters, max_norm)
+        check(norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Rescale to max_norm; returns the global norm before clipping."""
