@@ -149,8 +149,9 @@ def _load(checkpoint: Path, part: str) -> Any:
     return torch.load(checkpoint / part, map_location="cpu", weights_only=True)
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Moments and steps back into the optimizer; CheckpointError if they belong to another model."""
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, as_read: bool = False) -> None:
+    """Moments and steps back into the optimizer; CheckpointError if they belong to another model. as_read: whole, in host
+    memory, from where DeepSpeed's parts are filled (zero.py)."""
     with reading(checkpoint, "optimizer.pt"):
         saved = _load(checkpoint, "optimizer.pt")
         shapes = [len(group["params"]) for group in saved["param_groups"]]
@@ -165,6 +166,9 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
             raise CheckpointError(
                 f"{checkpoint} was saved from another model: a trained tensor is {tuple(there.shape)} there, {shape} here"
             )
+    if as_read:
+        optimizer.state.update({parameters[index]: moments for index, moments in moments_of.items()})
+        return
     for index, moments in moments_of.items():
         moments |= {
             key: like(value, parameters[index]) for key, value in moments.items() if isinstance(value, torch.Tensor)

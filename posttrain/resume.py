@@ -89,7 +89,7 @@ def restore(
         with reading(run.checkpoint, FOLDER):
             read_shards(run.checkpoint / FOLDER, policy, optimizer)
     else:
-        load_optimizer(run.checkpoint, optimizer)
+        load_optimizer(run.checkpoint, optimizer, as_read=runtime.zeros)
     rng = load_rng(run.checkpoint, runtime.rank)
     if rng is not None:
         with reading(run.checkpoint, "rng.pt"):

@@ -60,7 +60,7 @@ class VLLMServer:
         """The server takes on the policy's weights as they are; rank 0 writes and asks, the others wait."""
         adapter = networks.module.model is not networks.module.network
         refuse_unreadable(networks.module.model if adapter else None, networks.module.network)
-        weights = collected(networks, self.runtime.is_main)
+        weights = collected(networks, self.runtime)
         if self.runtime.is_main:
             with (
                 writing(self.directory),

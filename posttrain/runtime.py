@@ -8,7 +8,7 @@ import random
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
@@ -29,6 +29,7 @@ from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, TrainingError, tell_here
 from posttrain.models.sharding import shard, whole
 from posttrain.precision import COMPUTE, LossScaler, check_device, check_environment, described
+from posttrain.zero import Zero, check_installed
 
 
 class Runtime:
@@ -47,8 +48,13 @@ class Runtime:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
         self.shards, self.offload = distribution == "fsdp", offload
-        if self.shards:
-            os.environ.pop("ACCELERATE_USE_FSDP", None)  # agreed with; what is sharded, and how, is decided here
+        self.zeros = distribution == "deepspeed"
+        self.zero: Zero | None = None
+        if self.zeros:
+            check_installed()
+        if self.shards or self.zeros:
+            for flag in LAUNCHED_AS:  # agreed with; what is in parts, and how, is decided here
+                os.environ.pop(flag, None)
             _join()
         AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
         # autocast and the loss scale are ours alone (Accelerate has neither for fp16 on a CPU): never twice
@@ -66,7 +72,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Device, precision and world size in one line."""
-        kind = "FSDP" if self.shards else "DDP"
+        kind = "FSDP" if self.shards else "DeepSpeed" if self.zeros else "DDP"
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
         processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind}, {backend})"
         precision = described(self.precision, self.device)
@@ -87,13 +93,29 @@ class Runtime:
         shard(network, mesh, self.compute_dtype, self.offload, full=quantized or self.world == 1)
         return network
 
-    def wrap(self, module: nn.Module, find_unused: bool = False) -> nn.Module:
+    def wrap(
+        self,
+        module: nn.Module,
+        find_unused: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+        max_norm: float = 0.0,
+    ) -> nn.Module:
         """What was placed, under autocast where precision says so, gradients synchronised over ranks.
 
-        find_unused: a forward may leave parameters without a gradient (experts that no token was sent to).
+        find_unused: a forward may leave parameters without a gradient (experts that no token was sent to). optimizer, max_norm:
+        of a run that trains.
         """
         if self.shards:
             return module
+        if self.zeros and optimizer is not None:
+            if find_unused:
+                raise ConfigError(
+                    "distribution=deepspeed with a mixture of experts: ZeRO adds up gradients in the order in which they come, "
+                    "and an expert that a rank sends no token to has none there; set distribution=fsdp"
+                )
+            half = self.compute_dtype if self.compute_dtype != torch.float32 else None
+            self.zero = Zero(module, optimizer, self.offload, half, max_norm)
+            return self.zero
         self._autocast_forward(module)
         self.accelerator.ddp_handler.find_unused_parameters = find_unused
         wrapped: nn.Module = self.accelerator.prepare(module)
@@ -123,15 +145,37 @@ class Runtime:
     def sync_only(self, last: bool, module: nn.Module) -> Any:
         """Gradients are reduced in the last micro-batch's backward only; but where they lie in parts in each, for a rank has no
         room to gather them whole."""
+        if self.zero is not None:
+            self.zero.accumulates(last)
+            return nullcontext()
         return nullcontext() if last or self.shards else self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss if self.loss_scaler is None else self.loss_scaler.scale(loss))
+        if self.zero is not None:
+            self.zero.backward(loss)
+        else:
+            self.accelerator.backward(loss if self.loss_scaler is None else self.loss_scaler.scale(loss))
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients as they are, where the loss was scaled; before they are clipped."""
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        check: Callable[[Tensor], bool],
+    ) -> tuple[Tensor, bool]:
+        """One step of the optimizer, clipped to max_norm; returns the global norm before, and whether anything was updated.
+        check: of that norm, whether to update; where it raises or says no, nothing has moved."""
+        if self.zero is not None:
+            norm = self.zero.step()
+            return norm, check(norm)
         if self.loss_scaler is not None:
             self.loss_scaler.unscale(optimizer)
+        norm = self.clip(parameters, max_norm)
+        good = check(norm)
+        if good:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, good
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
         """Rescale to max_norm; returns the global norm before clipping."""

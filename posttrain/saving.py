@@ -34,7 +34,8 @@ def save_checkpoint(
 ) -> None:
     """One checkpoint, complete or absent; every rank must come here. rng: every rank's random state."""
     if not (is_sharded(networks.module) and networks.adapter == "none"):
-        weights, moments = collected(networks, runtime.is_main), whole_optimizer(optimizer)
+        weights = collected(networks, runtime)
+        moments = whole_optimizer(optimizer) if runtime.zero is None else runtime.zero.state()
         if runtime.is_main:
             save = lambda path: save_model(networks, path, ends, state=weights)  # noqa: E731
             checkpoint.save(root, state, moments, rng, save)
@@ -53,11 +54,14 @@ def save_checkpoint(
     runtime.barrier()
 
 
-def collected(networks: Networks, keep: bool) -> dict[str, torch.Tensor] | None:
-    """The module's whole tensors on rank 0, of an adapter what trains; None where nothing is sharded."""
+def collected(networks: Networks, runtime: Runtime) -> dict[str, torch.Tensor] | None:
+    """The module's whole tensors on rank 0, of an adapter what trains; None where they lie there whole, each by itself."""
+    trained_alone = networks.adapter != "none"
+    if runtime.zero is not None:
+        return runtime.zero.weights(runtime.is_main, trained_alone)
     if not is_sharded(networks.module):
         return None
-    return whole_state(networks.module, keep, trained_alone=networks.adapter != "none")
+    return whole_state(networks.module, runtime.is_main, trained_alone)
 
 
 def whole_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

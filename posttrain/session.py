@@ -133,7 +133,8 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):
         loader.data = prepared.train  # now with its reference
-    wrapped = runtime.wrap(policy, find_unused=policy.is_mixture or getattr(critic, "is_mixture", False))
+    find_unused = policy.is_mixture or getattr(critic, "is_mixture", False)
+    wrapped = runtime.wrap(policy, find_unused, optimizer, cfg.optim.max_grad_norm)
     networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, loader.packing, runtime, cfg.eval, ends, cfg.train.seed)
     supply = open_supply(cfg, runtime, loader.packing, ends, tokenizer, run)

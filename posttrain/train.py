@@ -181,15 +181,15 @@ class Trainer:
             losses.append(total.detach())
         for parameter in stage.resting(session.networks, step):
             parameter.grad = None
-        runtime.unscale(session.optimizer)
-        norm = runtime.clip(session.networks.parameters, self.cfg.optim.max_grad_norm)
-        good = self._check_finite(norm, torch.stack(losses), step)
         lr = learning_rate(self.state.step, session.steps, self.cfg.optim.lr, self.cfg.schedule)
         for group in session.optimizer.param_groups:
             group["lr"] = lr
-        if good:
-            session.optimizer.step()
-        session.optimizer.zero_grad(set_to_none=True)
+        norm, good = runtime.step(
+            session.optimizer,
+            session.networks.parameters,
+            self.cfg.optim.max_grad_norm,
+            lambda norm: self._check_finite(norm, torch.stack(losses), step),
+        )
         if runtime.world == 1:
             self.stopping = self.stop.number
         self._advance(step, float(norm) if good else None, lr, time.monotonic() - began)
@@ -351,7 +351,7 @@ class Trainer:
             peak_memory_bytes=self.runtime.peak_memory_bytes(),
             stopped_early=state.step < session.steps,
         )
-        weights = collected(session.networks, self.runtime.is_main)
+        weights = collected(session.networks, self.runtime)
         if self.runtime.is_main:
             with writing(run.model), whole_directory(run.model, run.path / ".model.tmp") as scratch:
                 save_model(session.networks, scratch, session.ends, session.networks.source_dtype, state=weights)

@@ -122,10 +122,37 @@ def _check_distribution(config: Config) -> None:
             f"optim={config.optim.name} with distribution={name}: bitsandbytes' optimizers take whole tensors, and each rank "
             "has a part of them; set optim=adamw (whose states are in parts on the ranks too), or distribution=ddp"
         )
-    if config.model.frozen_device != "device":
+    if name == "fsdp" and config.model.frozen_device != "device":
         raise ConfigError(
             f"model.frozen_device={config.model.frozen_device} with distribution={name}: a frozen network lies in parts on the "
             "ranks as the policy does; leave it device, and set distribution.cpu_offload=true for host memory"
+        )
+    if name == "deepspeed":
+        _check_zero(config)
+
+
+def _check_zero(config: Config) -> None:
+    """What DeepSpeed's ZeRO cannot do with the trainer's steps."""
+    if config.distribution.zero_stage == 3:
+        raise ConfigError(
+            "distribution.zero_stage=3 with distribution=deepspeed: it gathers a module's weights when that module is called, "
+            "and log-probs read the output layer's in chunks, of which ranks have different numbers; set distribution=fsdp, "
+            "which splits the same (weights, gradients, optimizer) over the ranks, or distribution.zero_stage=2"
+        )
+    if config.precision.name == "fp16":
+        raise ConfigError(
+            "precision=fp16 with distribution=deepspeed: ZeRO clips and steps by itself, past the loss scale; set "
+            "precision=bf16, or distribution=fsdp"
+        )
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            f"optim={config.optim.name} with distribution=deepspeed: ZeRO's parts of the optimizer are AdamW's in fp32; set "
+            "optim=adamw, or distribution=fsdp"
+        )
+    if warmup := getattr(config.stage, "critic_warmup", 0):
+        raise ConfigError(
+            f"stage.critic_warmup={warmup} with distribution=deepspeed: ZeRO moves all weights of a step together, and while the "
+            "critic warms up the rest stands still; set stage.critic_warmup=0, or distribution=fsdp"
         )
 
 

@@ -20,8 +20,8 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 
 class AutocastFloat8Linear(Float8Linear):  # torchao has no types
     """torchao's module, with two differences. Float8 is what autocast turns on, as it is for every other product in fewer bits:
-    without it, or where `in_float8` is off (the start-up checks), this is the plain layer. And it reads autocast's dtype of the input's own device, where
-    torchao asks for that of GPUs."""
+    without it, or where `in_float8` is off (the start-up checks), this is the plain layer. And it reads autocast's dtype of
+    the input's own device, where torchao asks for that of GPUs."""
 
     in_float8 = True
 

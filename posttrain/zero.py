@@ -1,0 +1,150 @@
+"""distribution=deepspeed: DeepSpeed's ZeRO 2 around a network that every rank has whole; gradients and optimizer in parts.
+
+ZeRO joins the parameters of each of an optimizer's groups to one flat tensor, of which every rank keeps and moves its part. A
+checkpoint has them put together again, in torch's own order: any other distribution goes on from it, and this from any other's.
+
+The trainer's sums over micro-batches stay as they are: DeepSpeed is told which backward is a step's last, and averages over
+ranks as DDP does. It clips inside its own step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import CheckpointError, ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 25_000_000
+"""Gradients that are reduced at a time: 100 MB in fp32."""
+
+
+def check_installed() -> None:
+    """ConfigError where there is no DeepSpeed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "distribution=deepspeed needs a package that is not installed: pip install 'posttrain[deepspeed]'; "
+            "distribution=fsdp splits weights, gradients and optimizer over the ranks without it"
+        )
+
+
+class Zero(nn.Module):
+    """What stages call in the policy's place, and the optimizer's steps. optimizer: torch's AdamW, with its state of a
+    checkpoint if there is one. half: what the forward pass computes in, None for the weights' own dtype."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        offload: bool,
+        half: torch.dtype | None,
+        max_norm: float,
+    ) -> None:
+        super().__init__()
+        self.optimizer, known = optimizer, dict(optimizer.state)
+        self.groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
+        optimizer.state.clear()
+        device = next(policy.parameters()).device.type
+        self.engine: Any = _engine(_InPrecision(policy, device, half), optimizer, offload, max_norm, device)
+        self._fill(known)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def accumulates(self, last: bool) -> None:
+        """Whether the next backward is the step's last."""
+        self.engine.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> Tensor:
+        """Clip and move; returns the global norm before clipping. Where it is not finite nothing moves."""
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm())
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state as torch's own would save it, whole, in host memory; every rank must ask."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[int, dict[str, Tensor]] = {}
+        groups = []
+        for group, flat in zip(self.groups, self._flat(), strict=True):
+            places = range(len(state), len(state) + len(group["params"]))
+            for place, parameter in zip(places, group["params"], strict=True):
+                found = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in MOMENTS}
+                state[place] = {"step": self.optimizer.state[flat]["step"].cpu().clone(), **found}
+            groups.append(group | {"params": list(places), "lr": self.optimizer.param_groups[0]["lr"]})
+        return {"state": state, "param_groups": groups}
+
+    def weights(self, keep: bool, trained_alone: bool) -> dict[str, Tensor]:
+        """Name → tensor, tied ones once, each in memory of its own: here they are pieces of one; empty where not `keep`."""
+        policy = self.engine.module.policy
+        own: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for name, tensor in policy.state_dict(keep_vars=True).items() if keep else ():
+            if isinstance(tensor, Tensor) and (tensor.requires_grad or not trained_alone):
+                own.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
+                found[name] = own[id(tensor)]
+        return found
+
+    def _flat(self) -> list[Tensor]:
+        """This rank's part of each group."""
+        return [group["params"][0] for group in self.optimizer.param_groups]
+
+    def _fill(self, known: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Moments of every group, from the whole ones or 0. DeepSpeed would only find those of the first group by itself."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
+
+        for group, flat in zip(self.groups, self._flat(), strict=True):
+            steps = {float(known[p]["step"]) if p in known else 0.0 for p in group["params"]}
+            if len(steps) > 1:
+                raise CheckpointError(
+                    f"the checkpoint's weights have moved {' and '.join(f'{s:g}' for s in sorted(steps))} times, some more than "
+                    "others, and DeepSpeed counts them together; go on with distribution=fsdp or ddp"
+                )
+            self.optimizer.state[flat] = {"step": torch.tensor(steps.pop(), device=flat.device)}
+            self.optimizer.state[flat] |= {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
+            lazy_init_hp_params_optimizer_state(group["params"], flat, self.optimizer.state)
+        for parameter, state in known.items():
+            for name in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[name].to(parameter.device), name)
+
+
+class _InPrecision(nn.Module):
+    """The policy under autocast: DeepSpeed turns off one that is around its engine."""
+
+    def __init__(self, policy: nn.Module, device: str, half: torch.dtype | None) -> None:
+        super().__init__()
+        self.policy, self.device, self.computes_in = policy, device, half
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(self.device, self.computes_in, enabled=self.computes_in is not None):
+            return self.policy(*args, **kwargs)
+
+
+def _engine(module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, max_norm: float, device: str) -> Any:
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)  # its affair
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # else it would compile its own all-reduce here, in every rank
+    zero: dict[str, Any] = {"stage": 2, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number, and does nothing with it
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
