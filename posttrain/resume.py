@@ -16,7 +16,8 @@ from posttrain.errors import CheckpointError, ModelError
 from posttrain.models.load import load_config
 from posttrain.models.networks import CRITIC
 from posttrain.rundir import RECORD, RunDir
-from posttrain.runtime import Runtime, seed_everything, set_rng_state
+from posttrain.runtime import Runtime
+from posttrain.seeds import seed_everything, set_rng_state
 from posttrain.shards import FOLDER, read_shards
 
 if TYPE_CHECKING:

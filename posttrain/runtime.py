@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import resource
 import signal
 import socket
@@ -15,7 +14,6 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -27,8 +25,9 @@ from transformers.utils import logging as transformers_logging
 from posttrain.alarm import AGAIN, Alarm, lost_connection
 from posttrain.allocator import keep_freed_memory
 from posttrain.errors import ConfigError, Stopped, TrainingError, tell_here
+from posttrain.joining import LAUNCHED_AS, check_launcher, join
 from posttrain.models.sharding import shard, whole
-from posttrain.precision import COMPUTE, LossScaler, check_device, check_environment, described
+from posttrain.precision import COMPUTE, LossScaler, check_device, described
 from posttrain.zero import Zero, check_installed
 
 
@@ -40,7 +39,7 @@ class Runtime:
     """
 
     def __init__(self, precision: str, distribution: str, computes: bool = True, offload: bool = False) -> None:
-        _check_launcher(precision if computes else None, distribution)
+        check_launcher(precision if computes else None, distribution)
         transformers_logging.set_verbosity_error()  # what matters of its warnings is checked, and said by us
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         handlers = [
@@ -55,7 +54,7 @@ class Runtime:
         if self.shards or self.zeros:
             for flag in LAUNCHED_AS:  # agreed with; what is in parts, and how, is decided here
                 os.environ.pop(flag, None)
-            _join()
+            join()
         AcceleratorState._reset_state()  # a process may hold several runs, one after another, each with its own precision
         # autocast and the loss scale are ours alone (Accelerate has neither for fp16 on a CPU): never twice
         self.accelerator = Accelerator(
@@ -269,62 +268,3 @@ class Runtime:
 def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def seed_everything(seed: int, rank: int) -> None:
-    """Python, numpy and torch; each rank draws its own numbers."""
-    random.seed(seed + rank)
-    np.random.seed((seed + rank) % 2**32)
-    torch.manual_seed(seed + rank)
-
-
-def rng_state() -> dict[str, Any]:
-    """Everything random in this process, for a checkpoint."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    numpy = (kind, np.asarray(keys).tolist(), *rest)  # plain values: safe to load
-    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Back to where `rng_state` was called."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-LAUNCHED_AS = {"ACCELERATE_USE_FSDP": "fsdp", "ACCELERATE_USE_DEEPSPEED": "deepspeed"}
-"""What a launcher says of the distribution, and the one that agrees with it."""
-
-
-def _join() -> None:
-    """A process group, in which one process alone may shard, and which reduces in host memory too."""
-    if torch.distributed.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    limit = timedelta(hours=2)
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=limit)
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
-
-
-def _check_launcher(precision: str | None, distribution: str) -> None:
-    """What the launcher or the environment says must not contradict the config."""
-    if precision is not None:
-        check_environment(precision)
-    for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
-        if distribution == LAUNCHED_AS.get(flag):
-            continue
-        if os.environ.get(flag, "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"distribution={distribution}, but the launcher set {flag}; use an accelerate config without it"
-            )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if distribution == "single" and world > 1:
-        raise ConfigError(f"distribution=single, but the launcher started {world} processes; set distribution=ddp")

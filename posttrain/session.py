@@ -41,7 +41,8 @@ from posttrain.resume import loading, restore, resumed
 from posttrain.rollout import InProcess, RolloutBackend
 from posttrain.rollout_server import VLLMServer
 from posttrain.rundir import RunDir
-from posttrain.runtime import Runtime, rng_state, seed_everything, set_rng_state
+from posttrain.runtime import Runtime
+from posttrain.seeds import rng_state, seed_everything, set_rng_state
 from posttrain.stages.base import Supply
 from posttrain.startup import check_same_data
 

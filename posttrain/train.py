@@ -27,8 +27,8 @@ from posttrain.report.live import LivePage
 from posttrain.report.logbook import Logbook
 from posttrain.report.numbers import interval
 from posttrain.rundir import create
-from posttrain.runtime import rng_state
 from posttrain.saving import collected, save_checkpoint
+from posttrain.seeds import rng_state
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
 from posttrain.slices import sliced

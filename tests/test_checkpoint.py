@@ -11,7 +11,7 @@ import torch
 
 from posttrain.checkpoint import load_rng, name_of
 from posttrain.errors import CheckpointError
-from posttrain.runtime import rng_state, seed_everything, set_rng_state
+from posttrain.seeds import rng_state, seed_everything, set_rng_state
 
 Run = Callable[..., Any]
 OFTEN = ("run.dir=r", "train.save_every=1", "train.keep_checkpoints=9")

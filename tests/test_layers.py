@@ -43,6 +43,8 @@ STOREYS = [
         "resume",
         "rundir",
         "saving",
+        "joining",
+        "seeds",
         "shards",
         "startup",
         "report",

@@ -19,7 +19,7 @@ import torch
 
 from posttrain.errors import ConfigError, DataError, ModelError
 from posttrain.evaluate import AT_THE_END
-from posttrain.runtime import seed_everything
+from posttrain.seeds import seed_everything
 from posttrain.tools.harness_scores import Scoring, TaskScores, score_group, score_task
 
 if TYPE_CHECKING:
