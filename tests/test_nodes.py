@@ -64,7 +64,7 @@ class Node:
             assert self.process is not None
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < until, self.output()
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def ends(self, seconds: float = 200) -> int:
         """The launcher's status."""
@@ -136,11 +136,11 @@ def launch(nodes: list[Node], port: int, *runs: list[str]) -> None:
         node.start(port, str(ROOT / "tests" / "rank_runs.py"), str(tasks))
 
 
-def told(node: Node, lost: str) -> None:
-    """Its output names what happened, once and without a traceback of ours."""
+def told(node: Node, *ways: str) -> None:
+    """Its output names what happened, once, in one of these ways."""
     lines = [line for line in node.output().splitlines() if "posttrain: error: " in line]
     assert len(lines) == 1, node.output()
-    assert lost in lines[0]
+    assert any(way in lines[0] for way in ways), lines[0]
     assert "continues at its last checkpoint" in lines[0]
 
 
@@ -148,10 +148,10 @@ def test_a_node_is_killed_and_the_run_goes_on(nodes: list[Node], run: Run) -> No
     """Both sides of it: the node without and, later, the node with the rendezvous is lost."""
     first, second = nodes
     sharded = small_arguments("distribution=fsdp", *STEADY, "train.steps=4", "run.dir=sharded")
-    long = ["train.steps=150", "train.eval_every=150", "train.save_every=10"]
+    long = ["train.steps=60", "train.eval_every=60", "train.save_every=10", "train.keep_checkpoints=9", "optim.lr=3e-4"]
     arguments = small_arguments(*STEADY, *long, "run.dir=nodes")
     launch(nodes, 29501, sharded, arguments)
-    first.wait_for("step 12/150")
+    first.wait_for("step 12/60")
     second.kill()
     began = time.monotonic()
     assert first.ends(60) == 1
@@ -169,7 +169,7 @@ def test_a_node_is_killed_and_the_run_goes_on(nodes: list[Node], run: Run) -> No
     began = time.monotonic()
     assert second.ends(60) == 1
     assert time.monotonic() - began < 40
-    told(second, f"rank 1 on {second.name} lost another rank" if "lost another" in second.output() else "rank 1 ends")
+    told(second, f"rank 1 on {second.name} lost another rank", "rank 1 ends: the launch's store at 10.77.0.1:")
 
     assert "continues at step" in first.output()
     for made, options in (("sharded", ("train.steps=4",)), ("nodes", long)):
