@@ -18,7 +18,7 @@ from torchao.float8.config import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
 
-class AutocastFloat8Linear(Float8Linear):  # torchao has no types
+class AutocastFloat8Linear(Float8Linear):
     """torchao's module, with two differences. Float8 is what autocast turns on, as it is for every other product in fewer bits:
     without it, or where `in_float8` is off (the start-up checks), this is the plain layer. And it reads autocast's dtype of
     the input's own device, where torchao asks for that of GPUs."""

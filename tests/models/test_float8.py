@@ -188,11 +188,12 @@ def test_refused(arguments: list[str], words: str) -> None:
         resolve(arguments)
 
 
-STEPS = ("batch.size=8", "train.steps=12", "train.log_every=3", "schedule=constant", "optim.lr=2e-4",
-         "data.eval=embedded:prompt_completion:10:held_out")  # fmt: skip
+STEPS = ("stage=pretrain", "model.init=config", "data.train=embedded:text:200", "data.eval=embedded:text:10:held_out",
+         "batch.size=8", "train.steps=12", "train.log_every=3", "optim.lr=1e-3")  # fmt: skip
 
 
 def test_the_loss_stays_within_5_percent_of_bf16s(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """From random weights. (Forty steps of 16 examples: within 0.2 percent.)"""
     found = {}
     for name, options in {
         "bf16": ["precision=bf16"],
@@ -204,6 +205,7 @@ def test_the_loss_stays_within_5_percent_of_bf16s(run: Run, capfd: pytest.Captur
         assert ("14 of 29 linear modules" in capfd.readouterr().out) == (name != "bf16")
     for recipe in ("tensorwise", "rowwise"):
         assert found[recipe] == pytest.approx(found["bf16"], rel=0.05)
+        assert found[recipe][-1] < 0.8 * found[recipe][0]
         assert found[recipe] != found["bf16"]
     assert found["tensorwise"] != found["rowwise"]
     plain, ours = (load_file(Path(name) / "model" / "model.safetensors") for name in ("bf16", "tensorwise"))
