@@ -47,7 +47,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     )
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    times = (("POLL_S", 0.02), ("GRACE_S", 0.1), ("CONNECT_S", 1.0), ("BEAT_S", 0.1), ("SILENT_S", 0.8))
+    times = (("POLL_S", 0.02), ("GRACE_S", 0.1), ("CONNECT_S", 0.5), ("BEAT_S", 0.1), ("SILENT_S", 1.5))
     for name, seconds in times:
         monkeypatch.setattr(alarm, name, seconds)
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: None)
@@ -91,14 +91,15 @@ def test_a_store_that_is_gone_is_told(
     listen(1)
     del launch["server"]
     assert launch["ended"].wait(10)
-    assert "posttrain: error: rank 1 ends: the launch's store at 127.0.0.1:" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "posttrain: error: rank 1 ends: the launch's store at 127.0.0.1:" in said
+    assert " is gone (" in said
 
 
 def test_after_the_run_nothing_is_heard(
     launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
 ) -> None:
     listen(1).stop()
-    time.sleep(0.3)  # a look that was under way
     del launch["server"]
     assert not launch["ended"].wait(1.5)
     assert capfd.readouterr().err == ""
@@ -108,23 +109,23 @@ def test_a_store_that_does_not_answer_is_told(
     launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
 ) -> None:
     waiting = listen(1)
-    assert not launch["ended"].wait(1.2), "it ended though the store answers"
+    assert not launch["ended"].wait(2), "it ended though the store answers"
     waiting.store = Mute()  # type: ignore[assignment]
     assert launch["ended"].wait(5)
     waiting.stopped.set()
     assert "posttrain: error: rank 1 ends: the launch's store at 127.0.0.1:" in (said := capfd.readouterr().err)
-    assert "has not answered for 0.8 s: the machine of rank 0 is down, or the network to it" in said
+    assert "has not answered for 1.5 s: the machine of rank 0 is down, or the network to it" in said
 
 
 def test_a_rank_that_falls_silent_is_told_by_rank_0(
     launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = listen(0), listen(1)
-    assert not launch["ended"].wait(1.5), "both are there"
+    assert not launch["ended"].wait(2), "both are there"
     second.stopped.set()  # its threads end, as with its process
     assert launch["ended"].wait(5)
     said = capfd.readouterr().err
-    assert f"posttrain: error: rank 1 on {socket.gethostname()} has said nothing for 0.8 s: its machine is down" in said
+    assert f"posttrain: error: rank 1 on {socket.gethostname()} has said nothing for 1.5 s: its machine is down" in said
     assert first.store.get("first").decode().startswith("0 rank 1 on "), "the others do not hear of it"
 
 
@@ -132,11 +133,11 @@ def test_a_rank_whose_run_is_over_or_has_not_begun_may_be_silent(
     launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
 ) -> None:
     listen(0)
-    assert not launch["ended"].wait(1.5), "rank 1 has not begun"
+    assert not launch["ended"].wait(2), "rank 1 has not begun"
     second = listen(1)
     assert not launch["ended"].wait(0.5)
     second.stop()
-    assert not launch["ended"].wait(1.5), "rank 1 is over"
+    assert not launch["ended"].wait(2), "rank 1 is over"
     assert capfd.readouterr().err == ""
 
 
