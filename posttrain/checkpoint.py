@@ -21,11 +21,11 @@ import torch
 
 from posttrain.disk import remove, whole_directory, writing
 from posttrain.errors import CheckpointError, UserError
+from posttrain.models.lineage import SHARDS
 from posttrain.models.sharding import like
-from posttrain.shards import FOLDER
 
 NAME = re.compile(r"step-(\d{6,})")
-WHOLE, IN_PARTS = ("model", "optimizer.pt", "rng.pt", "state.json"), ("model", FOLDER, "rng.pt", "state.json")
+WHOLE, IN_PARTS = ("model", "optimizer.pt", "rng.pt", "state.json"), ("model", SHARDS, "rng.pt", "state.json")
 UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, pickle.UnpicklingError,
 )  # fmt: skip
@@ -97,7 +97,7 @@ def in_parts(
     """Rank 0's side of a checkpoint that every rank puts its part into, within this block, which ends when all have."""
     final = root / name_of(state.step)
     with writing(final), whole_directory(final, scratch_of(root, state.step)) as scratch:
-        (scratch / FOLDER).mkdir()
+        (scratch / SHARDS).mkdir()
         save_config(scratch / "model")
         yield
         _save_rest(scratch, state, rng)

@@ -62,7 +62,7 @@ VERBS = {
     "merge": Verb(
         "posttrain.tools.merge:merge",
         "RUN OUT",
-        "a run's adapter merged into its model",
+        "a run's adapter merged into its model; a checkpoint's parts put together",
         takes_config=False,
         options="[--dtype auto|float32|bfloat16|float16]",
     ),

@@ -13,12 +13,13 @@ import torch
 
 from posttrain.checkpoint import TrainState, load_optimizer, load_rng, load_state, reading, way_out
 from posttrain.errors import CheckpointError, ModelError
+from posttrain.models.lineage import SHARDS
 from posttrain.models.load import load_config
 from posttrain.models.networks import CRITIC
 from posttrain.rundir import RECORD, RunDir
 from posttrain.runtime import Runtime
 from posttrain.seeds import seed_everything, set_rng_state
-from posttrain.shards import FOLDER, read_shards
+from posttrain.shards import read_shards
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
@@ -75,7 +76,7 @@ def loading(run: RunDir) -> Iterator[None]:
 
 def in_parts(checkpoint: Path) -> bool:
     """Whether it holds weights and optimizer in parts."""
-    return (checkpoint / FOLDER).is_dir()
+    return (checkpoint / SHARDS).is_dir()
 
 
 def restore(
@@ -87,8 +88,8 @@ def restore(
     if run.checkpoint is None:
         return TrainState()
     if in_parts(run.checkpoint):
-        with reading(run.checkpoint, FOLDER):
-            read_shards(run.checkpoint / FOLDER, policy, optimizer)
+        with reading(run.checkpoint, SHARDS):
+            read_shards(run.checkpoint / SHARDS, policy, optimizer)
     else:
         load_optimizer(run.checkpoint, optimizer, as_read=runtime.zeros)
     rng = load_rng(run.checkpoint, runtime.rank)

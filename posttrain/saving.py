@@ -15,9 +15,10 @@ from posttrain import checkpoint
 from posttrain.checkpoint import TrainState
 from posttrain.disk import writing
 from posttrain.models.export import save_config, save_model
+from posttrain.models.lineage import SHARDS
 from posttrain.models.networks import Networks
 from posttrain.models.sharding import is_sharded, whole, whole_state
-from posttrain.shards import FOLDER, write_shard
+from posttrain.shards import write_shard
 
 if TYPE_CHECKING:
     from posttrain.runtime import Runtime
@@ -49,7 +50,7 @@ def save_checkpoint(
     ):
         runtime.barrier()  # rank 0 has made the folder
         with writing(scratch):
-            write_shard(scratch / FOLDER, runtime.rank, runtime.world, networks.module, optimizer)
+            write_shard(scratch / SHARDS, runtime.rank, runtime.world, networks.module, optimizer)
         runtime.barrier()  # all files are there
     runtime.barrier()
 

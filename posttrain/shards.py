@@ -20,7 +20,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from posttrain.errors import CheckpointError
 from posttrain.models.sharding import reshard
 
-FOLDER = "shards"
 FIRST_ROWS = "first_rows"
 """In a file's header: tensor → the row of the whole that its rows begin at."""
 
@@ -42,12 +41,19 @@ def write_shard(directory: Path, rank: int, world: int, module: nn.Module, optim
 
 
 @torch.no_grad()
-def read_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and moments back into a module, in parts or whole, and its optimizer; CheckpointError where they do not fit."""
+def read_weights(directory: Path, module: nn.Module) -> _Saved:
+    """Weights back into a module, in parts or whole; CheckpointError where they do not fit."""
     reshard(module)
     saved = _Saved(directory)
     for name, tensor in _weights(module).items():
         saved.read(name, tensor)
+    return saved
+
+
+@torch.no_grad()
+def read_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Weights, and moments of the optimizer."""
+    saved = read_weights(directory, module)
     for name, parameter in _trained(module).items():
         if f"optimizer.{name}.step" not in saved.places:
             continue  # it had not moved yet: a critic that waits, an expert that was sent nothing

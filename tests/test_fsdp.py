@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from test_train import LOSSES, STEADY, WEIGHTS, assert_same_weights, losses
 
+from posttrain.cli import main
 from posttrain.config import resolve
-from posttrain.errors import CheckpointError, ConfigError
+from posttrain.errors import CheckpointError, ConfigError, ModelError
+from posttrain.models.reload import load_saved
 
 Run = Callable[..., Any]
 FSDP = "distribution=fsdp"
@@ -105,6 +107,23 @@ def test_half_precision_and_adapters(posttrain_process: Run, options: list[str])
     assert scored["status"] == 0, scored["output"]
     again = [json.loads(line) for line in Path("again/samples.jsonl").read_text().splitlines()]
     assert [a["after"]["answer"] for a in answers] == [a["before"]["answer"] for a in again]
+
+
+def test_a_checkpoint_in_parts_is_put_together(posttrain_process: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last checkpoint has the final weights; given as a model it says what to do."""
+    for stage, data in (
+        ("sft", []),
+        ("reward", ["data.train=embedded:pairs:60", "data.eval=embedded:pairs:20:held_out"]),
+    ):
+        done = posttrain_process(*SPLIT, FSDP, f"stage={stage}", *data, "train.steps=2", f"run.dir={stage}", ranks=2)
+        assert done["statuses"] == [0, 0], done["output"]
+        assert main(["merge", f"{stage}/checkpoints/step-000002", f"{stage}-whole"]) == 0
+        assert "put the 2 parts of" in capsys.readouterr().out
+        whole, last = (load_file(f"{folder}/model.safetensors") for folder in (f"{stage}-whole", f"{stage}/model"))
+        assert whole.keys() == last.keys()
+        assert all(torch.equal(whole[name], last[name]) for name in last)
+    with pytest.raises(ModelError, match="posttrain merge sft/checkpoints/step-000002 OUT"):
+        load_saved("sft/checkpoints/step-000002/model")
 
 
 def test_saved_weights_are_whole(posttrain_process: Run) -> None:

@@ -55,14 +55,20 @@ def save_model(
 def save_config(networks: Networks, directory: Path, ends: set[int]) -> None:
     """What save_model saves but the weights, which are elsewhere."""
     network, tokenizer = _prepared(networks, directory, ends)
-    network.config.save_pretrained(directory)
+    _save_config(network, directory)
     if network.can_generate():
         network.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     critic = getattr(networks.module, "critic", None)
     if isinstance(critic, ValueModel):
-        critic.network.config.save_pretrained(directory / CRITIC)
+        _save_config(critic.network, directory / CRITIC)
         tokenizer.save_pretrained(directory / CRITIC)
+
+
+def _save_config(network: Any, directory: Path) -> None:
+    config = copy.deepcopy(network.config)
+    config.architectures = [type(network).__name__]
+    config.save_pretrained(directory)
 
 
 def _prepared(networks: Networks, directory: Path, ends: set[int]) -> tuple[Any, Any]:

@@ -17,6 +17,9 @@ from posttrain.models import embedded
 NONLINEAR = "BOTTLENECK"
 """What adapter_config.json calls the adapters that no weights can take in (models/bottleneck.py)."""
 
+SHARDS = "shards"
+"""The folder of a checkpoint that holds weights and optimizer in parts."""
+
 transformers_logging.disable_progress_bar()
 hub_logging.set_verbosity_error()  # each retry is a warning there; what came of them stands in our one error
 
@@ -54,6 +57,16 @@ def lineage(path: str) -> tuple[str, list[str]]:
         adapters.insert(0, path)
         path = resolve_path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
     return path, adapters
+
+
+def refuse_parts(path: str) -> None:
+    """ModelError for the model/ of a checkpoint whose weights lie in parts beside it (shards.py)."""
+    directory = Path(path)
+    if (directory.parent / SHARDS).is_dir() and not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"the weights of {path} lie in parts, a file a rank (distribution=fsdp); put them together first: "
+            f"posttrain merge {directory.parent} OUT"
+        )
 
 
 def is_reward_model(path: str) -> bool:

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from posttrain.errors import ModelError
-from posttrain.models.lineage import fold, is_reward_model, lineage, nonlinear, resolve_path
+from posttrain.models.lineage import fold, is_reward_model, lineage, nonlinear, refuse_parts, resolve_path
 from posttrain.models.reward import zero_score
 from posttrain.models.rope import scale_rope
 
@@ -165,6 +165,7 @@ def _load_weights(
 ) -> Any:
     path = resolve_path(model.path)
     base, adapters = lineage(path)
+    refuse_parts(base)
     if adapters and quantization:
         merged = "fold it in with posttrain merge and give the result, or go on training it: "
         on = f"{merged}model.path={base} adapter=qlora adapter.path={path}"

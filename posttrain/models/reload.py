@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.errors import ModelError
-from posttrain.models.lineage import fold, is_reward_model, lineage, resolve_path
+from posttrain.models.lineage import fold, is_reward_model, lineage, refuse_parts, resolve_path
 
 
 def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False) -> tuple[Any, Any]:
@@ -21,6 +21,7 @@ def load_saved(path: str, dtype: torch.dtype | str = "auto", merge: bool = False
     """
     found = resolve_path(path)
     base, adapters = lineage(found)
+    refuse_parts(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(found)
         model: Any = _base_of(found, base, dtype, tokenizer)

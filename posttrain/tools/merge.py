@@ -1,18 +1,29 @@
-"""`posttrain merge RUN OUT`: an adapter, and every adapter below it, folded into whole weights that need no peft."""
+"""`posttrain merge RUN OUT`: an adapter, and every adapter below it, folded into whole weights that need no peft; or a checkpoint
+whose weights lie in parts put together."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)  # fmt: skip
 
 from posttrain.calibration import FILE
+from posttrain.checkpoint import reading
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
-from posttrain.models.lineage import lineage, nonlinear, resolve_path
+from posttrain.models.lineage import SHARDS, is_reward_model, lineage, nonlinear, resolve_path
 from posttrain.models.reload import load_saved
+from posttrain.shards import read_weights
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Largest difference of a logit between adapter and merged weights that rounding explains."""
@@ -24,6 +35,9 @@ def merge(argv: list[str]) -> None:
     out = Path(options.out).expanduser()
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give a new directory for the merged model")
+    if (Path(options.model).expanduser() / SHARDS).is_dir():
+        join(Path(options.model).expanduser(), out, options.dtype)
+        return
     base, adapters = lineage(resolve_path(options.model))
     if not adapters and not Path(base).is_dir():
         raise ModelError(f"{options.model} does not exist here; give a run, or the directory of an adapter")
@@ -52,9 +66,32 @@ def merge(argv: list[str]) -> None:
     print(f"merged {len(adapters)} adapter(s) into {base}: {out} (logits agree to {worst:.1g})")
 
 
+def join(checkpoint: Path, out: Path, dtype: str) -> None:
+    """A model directory of a checkpoint in parts; its optimizer stays where it is."""
+    folder = checkpoint / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    auto: Any = AutoModelForSequenceClassification if is_reward_model(str(folder)) else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(folder)
+    holder = torch.nn.Module()
+    holder.model = network = auto.from_config(config, dtype=torch.float32)
+    with reading(checkpoint, SHARDS):
+        read_weights(checkpoint / SHARDS, holder)
+    if dtype != "auto":
+        network.to(getattr(torch, dtype))
+    if (folder / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(folder)
+    with writing(out, "give another OUT"), whole_directory(out, out.with_name(f".{out.name}.tmp")) as scratch:
+        network.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    files = len(list((checkpoint / SHARDS).iterdir()))
+    print(f"put the {files} parts of {checkpoint} together: {out}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="posttrain merge", description="Fold an adapter into whole weights.")
-    parser.add_argument("model", help="a run trained with an adapter, or an adapter directory")
+    parser.add_argument(
+        "model", help="a run trained with an adapter, an adapter directory, or a checkpoint of distribution=fsdp"
+    )
     parser.add_argument("out", help="a new directory for the merged model")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     return parser
