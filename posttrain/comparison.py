@@ -192,6 +192,7 @@ def _bins_differ(baseline: Side, side: Side) -> Iterator[str]:
     bins = [many for each in (baseline, side) if (many := stats.bins_of(each.records))]
     if len(set(bins)) > 1:
         yield f"{baseline.name} and {side.name} have other eval.bins: ece and ece_equal_mass are not compared"
+        return
     coarse = [each.name for each in (baseline, side) if not stats.is_fine(each.records)]
     if len(bins) == 2 and len(coarse) == 1:
         yield (

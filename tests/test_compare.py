@@ -217,10 +217,9 @@ def test_records_of_an_earlier_version_have_no_equal_mass_bins(run: Run) -> None
     shutil.copytree("a", "old")
     path = Path("old/eval/step-000004.parquet")
     ids, clusters, records = read_records(path)
-    dense = {name: list(column) for name, column in stats.equal_width(records).items()}
-    write_table(
-        path, {"id": ids, "cluster": clusters, **{n: c for n, c in records.items() if n[:4] != "bin_"}, **dense}
-    )
+    dense = {n: c for n, c in records.items() if not n.startswith("bin_")} | stats.equal_width(records)
+    columns = {name: column if column.ndim == 1 else list(column) for name, column in dense.items()}
+    write_table(path, {"id": ids, "cluster": clusters, **columns})
     found = compare_runs(["old", "a"])
     assert row(found, "ece")["change"]["value"] == 0
     assert "ece_equal_mass" not in {each["metric"] for each in found["tables"][0]["rows"]}

@@ -70,13 +70,18 @@ def calibration(score: Callable[..., stats.Estimate], tilt: float) -> tuple[Simu
     right = np.clip(sure - tilt * sure, 0, 1)
     where = stats.bin_index(sure)
     gap, items = np.bincount(where, right - sure, 15), np.bincount(where, minlength=15)
-    truth = np.abs(gap).sum() / items.sum() if score is stats.ece else np.abs(gap / items).max()
+    truth = np.abs(gap / items).max() if score is stats.mce else np.abs(gap).sum() / items.sum()
 
     def simulate(rng: Rng, d: int) -> stats.Estimate:
         sure, right, owner = predictions(rng, d, tilt)
         return score(sure, right, clusters=owner, resamples=RESAMPLES)
 
     return simulate, float(truth)
+
+
+def equal_mass(*items: np.ndarray, clusters: np.ndarray, resamples: int) -> stats.Estimate:
+    """The gap has one sign everywhere, so the truth is that of any bins."""
+    return stats.ece(*items, clusters=clusters, equal_mass=True, resamples=resamples)
 
 
 def paired_mean() -> tuple[Simulation, float]:
@@ -142,6 +147,9 @@ COVERAGE: dict[str, Callable[[], tuple[Simulation, float]]] = {
     "ece, calibrated": lambda: calibration(stats.ece, 0.0),
     "ece, off by 5 %": lambda: calibration(stats.ece, 0.05),
     "ece, off by 15 %": lambda: calibration(stats.ece, 0.15),
+    "ece_equal_mass, calibrated": lambda: calibration(equal_mass, 0.0),
+    "ece_equal_mass, off by 5 %": lambda: calibration(equal_mass, 0.05),
+    "ece_equal_mass, off by 15 %": lambda: calibration(equal_mass, 0.15),
     "mce, calibrated": lambda: calibration(stats.mce, 0.0),
     "mce, off by 5 %": lambda: calibration(stats.mce, 0.05),
     "mce, off by 15 %": lambda: calibration(stats.mce, 0.15),

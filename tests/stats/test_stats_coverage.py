@@ -25,6 +25,8 @@ TRIALS = 250  # the standard error of a coverage of 95 % is 1.4 points
         ("ece, calibrated", 0.90, 1.0),
         ("ece, off by 5 %", 0.85, 0.99),
         ("ece, off by 15 %", 0.85, 0.99),
+        ("ece_equal_mass, calibrated", 0.90, 1.0),
+        ("ece_equal_mass, off by 15 %", 0.85, 0.99),
         ("paired ratio", 0.89, 0.985),
         ("paired accuracy", 0.90, 0.99),
         ("paired ece", 0.86, 0.99),
