@@ -86,8 +86,12 @@ def test_a_look_that_fails_is_not_the_last(launch: dict[str, Any], listen: Calla
 
 
 def test_a_store_that_is_gone_is_told(
-    launch: dict[str, Any], listen: Callable[[int], Alarm], capfd: pytest.CaptureFixture[str]
+    launch: dict[str, Any],
+    listen: Callable[[int], Alarm],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(alarm, "SILENT_S", 60.0)
     listen(1)
     del launch["server"]
     assert launch["ended"].wait(10)
