@@ -106,7 +106,9 @@ def check_agreement(runtime: Runtime, config: dict[str, Any]) -> None:
     """ConfigError where a rank was started with other settings, or runs other versions."""
     if runtime.world == 1:
         return
-    versions = {name: package_version(name) for name in ("posttrain", *PACKAGES)} | {"python": platform.python_version()}
+    versions = {name: package_version(name) for name in ("posttrain", *PACKAGES)} | {
+        "python": platform.python_version()
+    }
     everyone = runtime.gather([(socket.gethostname(), flat(config), versions)])
     for part, what in ((1, "settings"), (2, "versions")):
         ours = everyone[0][part]

@@ -48,6 +48,7 @@ STOREYS = [
         "meter",
         "signals",
         "summary",
+        "zero",
     },
     {"config"},
     {"tools"},
