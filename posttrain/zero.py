@@ -1,4 +1,4 @@
-"""distribution=deepspeed: DeepSpeed's ZeRO 2 around a network that every rank has whole; gradients and optimizer in parts.
+"""distribution=deepspeed: DeepSpeed's ZeRO, stage 2. Every rank has the weights whole, gradients and optimizer are in parts.
 
 ZeRO joins the parameters of each of an optimizer's groups to one flat tensor, of which every rank keeps and moves its part. A
 checkpoint has them put together again, in torch's own order: any other distribution goes on from it, and this from any other's.
@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,10 +86,9 @@ class Zero(nn.Module):
 
     def weights(self, keep: bool, trained_alone: bool) -> dict[str, Tensor]:
         """Name → tensor, tied ones once, each in memory of its own: here they are pieces of one; empty where not `keep`."""
-        policy = self.engine.module.policy
         own: dict[int, Tensor] = {}
         found: dict[str, Tensor] = {}
-        for name, tensor in policy.state_dict(keep_vars=True).items() if keep else ():
+        for name, tensor in self.engine.module.policy.state_dict(keep_vars=True).items() if keep else ():
             if isinstance(tensor, Tensor) and (tensor.requires_grad or not trained_alone):
                 own.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
                 found[name] = own[id(tensor)]
@@ -140,11 +141,25 @@ def _engine(module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, 
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     config = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number, and does nothing with it
+        "train_micro_batch_size_per_gpu": 1,  # it wants a number, and does nothing with it
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    with _local_rank():
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+@contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed will have a launcher's variable where one process runs alone; Accelerate would take it for one of several."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]

@@ -51,6 +51,7 @@ STOREYS = [
         "meter",
         "signals",
         "summary",
+        "zero",
     },
     {"config"},
     {"tools", "sweep"},
