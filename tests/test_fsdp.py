@@ -58,6 +58,17 @@ def test_two_ranks_one_and_two_again(posttrain_process: Run) -> None:
         assert_same_weights(run, "whole", WEIGHTS)
 
 
+def test_four_ranks(posttrain_process: Run) -> None:
+    """7 examples on 4 ranks: shares differ, and in evaluation some have none."""
+    common = [*SPLIT, "data.eval=embedded:prompt_completion:5:held_out", "train.steps=3"]
+    assert posttrain_process(*common, "run.dir=one")["status"] == 0
+    for how in ("ddp", "fsdp"):
+        done = posttrain_process(*common, f"distribution={how}", f"run.dir={how}", ranks=4)
+        assert done["statuses"] == [0] * 4, done["output"]
+        assert losses(how) == pytest.approx(losses("one"), rel=LOSSES)
+        assert_same_weights(how, "one", WEIGHTS)
+
+
 def test_a_checkpoint_that_lacks_a_rank_s_file_is_named(posttrain_process: Run) -> None:
     done = posttrain_process(*SPLIT, FSDP, "train.steps=2", "schedule=constant", "run.dir=a", ranks=2)
     assert done["statuses"] == [0, 0], done["output"]
