@@ -104,9 +104,7 @@ def load_model(
         _prepare_scores(config, model)
     else:
         _refuse_scores(model)
-    attention: dict[str, Any] = (
-        {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
-    )
+    attention = _attention(model)
     if model.init == "config":
         torch.manual_seed(seed)
         remote = {"trust_remote_code": model.trust_remote_code}
@@ -120,11 +118,28 @@ def load_model(
     return network
 
 
-def load_shape(config: PreTrainedConfig, scores: bool = False) -> Any:
-    """The network of a config, for planning under torch.device("meta"); scores: as in load_model."""
+def load_shape(
+    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, quantization: Any = None, scores: bool = False
+) -> Any:
+    """What load_model gives, without its numbers, for planning under torch.device("meta")."""
     if scores:
-        config.num_labels = 1
-    return _auto(scores).from_config(config)
+        _prepare_scores(config, model)
+    else:
+        _refuse_scores(model)
+    remote = {"trust_remote_code": model.trust_remote_code}
+    network: Any = _auto(scores).from_config(config, dtype=dtype, **_attention(model), **remote)
+    if quantization:
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        kept = get_keys_to_not_convert(network)
+        replace_with_bnb_linear(network, modules_to_not_convert=kept, quantization_config=quantization)
+        network.is_loaded_in_4bit = True  # peft looks here for which of its layers fits
+    return network
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    return {"attn_implementation": model.attention} if model.attention not in (None, "auto") else {}
 
 
 def _auto(scores: bool) -> Any:

@@ -16,7 +16,7 @@ from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.lineage import resolve_path
-from posttrain.models.load import load_config, load_model
+from posttrain.models.load import load_config, load_model, load_shape
 from posttrain.models.others import other_model, told_of
 from posttrain.models.policy import Policy, ValueModel, value_head
 from posttrain.models.reward import POOLING_KEY, Pooling, RewardModel
@@ -79,23 +79,53 @@ def build_network(
     config = load_config(model)
     if head is not None:
         _check_pooling(config, model, adapter, head)
-    frozen = adapter.name != "none"
-    dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
-    network: Any = load_model(model, config, dtype, seed, quantization(adapter, compute_dtype), scores=head is not None)
-    described = "none"
-    _freeze_towers(network)
+    dtype, quantized = weights_dtype(model, adapter, compute_dtype), quantization(adapter, compute_dtype)
+    network: Any = load_model(model, config, dtype, seed, quantized, scores=head is not None)
     if checkpointing:
         _recompute_activations(network)
-    if frozen:
+    decoder, described = _assembled(network, adapter, seed, head)
+    if critic and isinstance(decoder, Policy):
+        own = model.critic is not None
+        decoder.critic = (
+            load_critic(model, seed, checkpointing) if own else head_on(decoder, adapter.path or model.path)
+        )
+    return decoder, described
+
+
+def shape_network(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    compute_dtype: torch.dtype,
+    seed: int,
+    head: Head | None = None,
+    critic: bool = False,
+) -> tuple[Decoder, str]:
+    """As build_network, without the weights: every parameter is on the meta device."""
+    dtype, quantized = weights_dtype(model, adapter, compute_dtype), quantization(adapter, compute_dtype)
+    with torch.device("meta"):
+        network: Any = load_shape(model, load_config(model), dtype, quantized, scores=head is not None)
+        decoder, described = _assembled(network, adapter, seed, head)
+        if critic and isinstance(decoder, Policy):
+            decoder.critic = shape_critic(model) if model.critic is not None else value_head(decoder)
+    return decoder, described
+
+
+def weights_dtype(model: ModelConfig, adapter: AdapterConfig, compute_dtype: torch.dtype) -> torch.dtype:
+    """What the model's own weights are held in."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)  # type: ignore[no-any-return]
+    return compute_dtype if adapter.name != "none" else torch.float32
+
+
+def _assembled(network: Any, adapter: AdapterConfig, seed: int, head: Head | None) -> tuple[Decoder, str]:
+    """The network with its adapter, as a policy or with `head` as a reward model."""
+    described = "none"
+    _freeze_towers(network)
+    if adapter.name != "none":
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
     if head is not None:
         return RewardModel(network, head.pooling, head.ends), described
-    policy = Policy(network)
-    if critic and model.critic is not None:
-        policy.critic = load_critic(model, seed, checkpointing)
-    elif critic:
-        policy.critic = head_on(policy, adapter.path or model.path)
-    return policy, described
+    return Policy(network), described
 
 
 def head_on(policy: Policy, directory: str | None) -> torch.nn.Linear:
@@ -115,6 +145,15 @@ def load_critic(model: ModelConfig, seed: int, checkpointing: bool) -> ValueMode
         _freeze_towers(network)
         if checkpointing:
             _recompute_activations(network)
+        return ValueModel(network)
+
+
+def shape_critic(model: ModelConfig) -> ValueModel:
+    """As load_critic, without the weights."""
+    with told_of("model.critic"):
+        own = other_model(model, model.critic)
+        network: Any = load_shape(own, load_config(own), torch.float32, scores=True)
+        _freeze_towers(network)
         return ValueModel(network)
 
 

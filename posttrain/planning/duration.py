@@ -1,0 +1,57 @@
+"""From what one layer takes to the seconds of a step, of an evaluation and of the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from posttrain.planning.calibrate import MicroSeconds, Seconds
+
+
+@dataclass(frozen=True)
+class Pace:
+    """micro: measured micro-batches, of different sizes. recomputes: gradient checkpointing goes through each layer twice.
+    update: of the optimizer, once a step."""
+
+    micro: Sequence[MicroSeconds]
+    update: Seconds
+    recomputes: bool
+
+    def step(self, sizes: Sequence[int]) -> Seconds:
+        """One optimizer step over micro-batches of these sizes in tokens."""
+        return self.update.plus(*(self._between(size, [self._train(m) for m in self.micro]) for size in sizes))
+
+    def scoring(self, sizes: Sequence[int]) -> Seconds:
+        """An evaluation's forward passes over these."""
+        return Seconds().plus(*(self._between(size, [m.forward.plus(m.score) for m in self.micro]) for size in sizes))
+
+    def _train(self, micro: MicroSeconds) -> Seconds:
+        again = micro.forward if self.recomputes else Seconds()
+        return micro.forward.plus(again, micro.backward, micro.outside)
+
+    def _between(self, size: int, known: Sequence[Seconds]) -> Seconds:
+        """Interpolated between the measured sizes; in proportion beyond them."""
+        order = np.argsort([m.tokens for m in self.micro])
+        tokens = np.array([self.micro[i].tokens for i in order], dtype=float)
+        value, spread = (
+            float(np.interp(size, tokens, [getattr(known[i], name) for i in order])) for name in ("value", "spread")
+        )
+        return Seconds(value, spread).times(size / float(np.clip(size, tokens[0], tokens[-1])))
+
+
+def evaluations(steps: int, eval_every: int | None) -> int:
+    """How often a run of so many steps evaluates: before the first step, every eval_every (null: a fifth), and at the end."""
+    every = eval_every or max(1, -(-steps // 5))
+    return 1 + -(-steps // every)
+
+
+def mean(parts: Sequence[Seconds]) -> Seconds:
+    return Seconds().plus(*parts).times(1 / len(parts)) if parts else Seconds()
+
+
+def clock(seconds: float) -> str:
+    """h:mm, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{rest:02d} min"
