@@ -43,6 +43,7 @@ STOREYS = [
         "rundir",
         "report",
         "meter",
+        "planning",
         "signals",
         "summary",
     },

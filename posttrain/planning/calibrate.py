@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from posttrain.config import OptimConfig
     from posttrain.runtime import Runtime
 
-SECONDS, REPEATS = 0.6, (3, 20)
-"""How long something is measured again and again, and how often at least and at most, after a first time that warms up."""
+SECONDS, REPEATS = 0.5, (2, 20)
+"""How long something is measured again and again, and how often at least and at most. A first time that is shorter than this
+warms up alone."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,12 @@ class Seconds:
 
 @dataclass
 class MicroSeconds:
-    """Of one micro-batch of `tokens`, padding included: what all layers take, and what is outside them, there and back.
-    score: the evaluation's forward."""
+    """Of one micro-batch of `tokens`, padding included: what all layers take, and what is outside them, there and back."""
 
     tokens: int
     forward: Seconds = field(default_factory=Seconds)
     backward: Seconds = field(default_factory=Seconds)
     outside: Seconds = field(default_factory=Seconds)
-    score: Seconds = field(default_factory=Seconds)
 
 
 class Wrapped(nn.Module):
@@ -86,7 +85,6 @@ class Calibration:
         batch = batch.to(self.runtime.device)
         found = MicroSeconds(batch.input_ids.numel())
         found.outside = self._timed(lambda: self._loss(batch).backward())
-        found.score = self._timed(lambda: self._score(batch))
         for kind in self.skeleton.kinds:
             with self.skeleton.real(kind):
                 layer = self._layer(kind, batch)
@@ -97,6 +95,11 @@ class Calibration:
             found.backward = found.backward.plus(back.times(kind.count))
         self._forget()
         return found
+
+    def scoring_seconds(self, batch: Batch) -> Seconds:
+        """What is outside the layers, in a forward pass of an evaluation."""
+        batch = batch.to(self.runtime.device)
+        return self._timed(lambda: self._score(batch))
 
     def update_seconds(self, optim: OptimConfig, trained: int) -> Seconds:
         """Clipping and the optimizer's step on one layer's parameters, for as many as train."""
@@ -156,8 +159,8 @@ class Calibration:
 
     def _layer(self, kind: Kind, batch: Batch) -> Callable[[], Tensor]:
         """The layer called as the network calls it with this batch."""
-        with calls(kind.layer) as seen, torch.no_grad():
-            self.networks.policy(batch)
+        with calls(kind.layer) as seen, torch.no_grad(), self.runtime.autocast():
+            kind.decoder.hidden(batch)
         args, kwargs = seen[0]
         states = args[0] if args else kwargs["hidden_states"]
         states = states.detach().requires_grad_()
@@ -185,16 +188,20 @@ class Calibration:
         self.networks.train(True)
 
     def _timed(self, function: Callable[[], Any]) -> Seconds:
-        function()
-        taken: list[float] = []
+        first, taken = self._once(function), list[float]()
+        if first > SECONDS:
+            taken.append(first)
         while len(taken) < REPEATS[0] or (sum(taken) < SECONDS and len(taken) < REPEATS[1]):
-            synchronize(self.runtime.device)
-            began = time.perf_counter()
-            function()
-            synchronize(self.runtime.device)
-            taken.append(time.perf_counter() - began)
+            taken.append(self._once(function))
         taken.sort()
         return Seconds(taken[len(taken) // 2], (taken[-1] - taken[0]) / 2)
+
+    def _once(self, function: Callable[[], Any]) -> float:
+        synchronize(self.runtime.device)
+        began = time.perf_counter()
+        function()
+        synchronize(self.runtime.device)
+        return time.perf_counter() - began
 
     def _forget(self) -> None:
         for parameter in self.skeleton.module.parameters():

@@ -12,10 +12,11 @@ from posttrain.planning.calibrate import MicroSeconds, Seconds
 
 @dataclass(frozen=True)
 class Pace:
-    """micro: measured micro-batches, of different sizes. recomputes: gradient checkpointing goes through each layer twice.
-    update: of the optimizer, once a step."""
+    """micro: measured micro-batches, of different sizes. scoring: what the largest takes outside the layers in an evaluation.
+    update: of the optimizer, once a step. recomputes: gradient checkpointing goes forward through each layer twice."""
 
     micro: Sequence[MicroSeconds]
+    scoring: Seconds
     update: Seconds
     recomputes: bool
 
@@ -23,9 +24,10 @@ class Pace:
         """One optimizer step over micro-batches of these sizes in tokens."""
         return self.update.plus(*(self._between(size, [self._train(m) for m in self.micro]) for size in sizes))
 
-    def scoring(self, sizes: Sequence[int]) -> Seconds:
-        """An evaluation's forward passes over these."""
-        return Seconds().plus(*(self._between(size, [m.forward.plus(m.score) for m in self.micro]) for size in sizes))
+    def reading(self, tokens: float) -> Seconds:
+        """Forward passes over so many tokens in all, in micro-batches of the largest size."""
+        largest = max(self.micro, key=lambda m: m.tokens)
+        return largest.forward.plus(self.scoring).times(tokens / largest.tokens)
 
     def _train(self, micro: MicroSeconds) -> Seconds:
         again = micro.forward if self.recomputes else Seconds()

@@ -3,54 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posttrain.answers import prompt_tokens
-from posttrain.data.loader import Loader
 from posttrain.data.pipeline import Prepared
 from posttrain.errors import UserError
 from posttrain.models.decoder import Decoder
-from posttrain.planning.calibrate import Calibration, Seconds
-from posttrain.planning.duration import Pace, evaluations, mean
+from posttrain.planning.calibrate import Calibration
 from posttrain.planning.held import frozen_beside, held_by
-from posttrain.planning.memory import MOMENTS_BYTES, Moment, OutsideBytes, Run, sharing
+from posttrain.planning.memory import AVERAGES_BYTES, Moment, OutsideBytes, Run, most, sharing
 from posttrain.planning.rehearsal import Rehearsal, rehearse
 from posttrain.planning.skeleton import Skeleton, Unmeasurable
-from posttrain.planning.writing import Written, write
-from posttrain.sampling import Sampling
+from posttrain.planning.times import Times, pace_of, sampled, times_of
+from posttrain.planning.writing import Written
 
 if TYPE_CHECKING:
     from posttrain.config import Config
+    from posttrain.data.loader import Loader
     from posttrain.data.streaming.stream import StreamLoader
     from posttrain.runtime import Runtime
 
 ROOM = 0.8
 """Share of the free memory that running one layer may take."""
-
-
-@dataclass
-class Times:
-    """step: of an optimizer step. sampling: of an iteration's answers and their scoring, where the stage samples. evaluation:
-    each; reference: once, at the start. tokens: of a step, all ranks."""
-
-    step: Seconds
-    evaluation: Seconds
-    sampling: Seconds
-    reference: Seconds
-    tokens: float
-    steps: int
-    updates: int
-    evaluations: int
-
-    @property
-    def whole(self) -> Seconds:
-        """The run, without what loading and saving take."""
-        iterations = -(-self.steps // self.updates)
-        parts = (self.sampling.times(iterations), self.evaluation.times(self.evaluations), self.reference)
-        return self.step.times(self.steps).plus(*parts)
 
 
 @dataclass
@@ -62,7 +38,6 @@ class Estimate:
     process: int
     times: Times | None
     measured: str
-    rehearsal: Rehearsal | None = field(default=None, repr=False)
 
 
 def world_of(cfg: Config, runtime: Runtime) -> int:
@@ -78,14 +53,17 @@ def estimate(
     options: Any = cfg.distribution
     host, stage = bool(getattr(options, "cpu_offload", False)), int(getattr(options, "zero_stage", 3))
     run = Run(
-        held_by(module), sharing(cfg.distribution.name, world, stage, host), MOMENTS_BYTES[cfg.optim.name], [],
+        held_by(module), sharing(cfg.distribution.name, world, stage, host), AVERAGES_BYTES[cfg.optim.name], [],
         OutsideBytes(0, 0, 0, 0, 0), False, cfg.train.gradient_checkpointing, runtime.compute_dtype.itemsize,
         frozen_beside(cfg, module, runtime.compute_dtype),
     )  # fmt: skip
     try:
         rehearsal = rehearse(cfg, prepared, loader, steps)
         calibration = _calibration(cfg, runtime, module, run)
-        run, times = _measured(cfg, prepared, loader, calibration, rehearsal, run, steps)
+        written = sampled(cfg, loader, calibration)
+        runs = _runs(calibration, rehearsal, run, written)
+        pace = pace_of(cfg, calibration, rehearsal, round(run.held.trained * run.share.optimizer))
+        times = times_of(cfg, prepared, loader, calibration, rehearsal, pace, written, steps)
     except UserError:
         raise
     except Unmeasurable as error:
@@ -97,7 +75,7 @@ def estimate(
     layers = f"1 of {kinds[0].count}" if len(kinds) == 1 else f"{len(kinds)} of {sum(k.count for k in kinds)}"
     sizes = ", ".join(f"{m.input_ids.numel():,}" for m in rehearsal.samples())
     measured = f"{layers} layers with random weights, and the output layer, on forwards of {sizes} tokens"
-    return Estimate(run.moments(), process, times, measured, rehearsal)
+    return Estimate(most(*(each.moments() for each in runs)), process, times, measured)
 
 
 def _calibration(cfg: Config, runtime: Runtime, module: Decoder, run: Run) -> Calibration:
@@ -111,62 +89,17 @@ def _calibration(cfg: Config, runtime: Runtime, module: Decoder, run: Run) -> Ca
     return Calibration(Skeleton(module, runtime.device), cfg.stage, runtime)
 
 
-def _measured(
-    cfg: Config,
-    prepared: Prepared,
-    loader: Loader | StreamLoader,
-    calibration: Calibration,
-    rehearsal: Rehearsal,
-    run: Run,
-    steps: int,
-) -> tuple[Run, Times]:
-    layers, outside = calibration.bytes_of(rehearsal.largest, rehearsal.accumulates)
-    scoring = calibration.scoring_bytes(rehearsal.largest) + max(each.forward + each.kept for each in layers)
-    run = replace(run, layers=layers, outside=outside, accumulates=rehearsal.accumulates, scoring=scoring)
-    update = calibration.update_seconds(cfg.optim, round(run.held.trained * run.share.optimizer))
-    pace = Pace([calibration.seconds_of(b) for b in rehearsal.samples()], update, cfg.train.gradient_checkpointing)
-    stage: Any = cfg.stage
-    sampling = answering = Seconds()
-    if stage.answer_tokens and stage.rollout_server is None:
-        assert isinstance(loader, Loader)
-        prompts = [group.prompt for group in loader.take(0)][:: loader.world]
-        drawn = Sampling(stage.temperature, stage.top_k, stage.top_p)
-        written = write(calibration, prompts, stage.samples, stage.max_new_tokens, drawn)
-        run = replace(run, cache=written.cache, sampling=written.beside)
-        reads = 2 if run.frozen or stage.keeps_reference else 1
-        own = sum(sum(sizes) for sizes in rehearsal.sizes) * stage.minibatches
-        sampling = written.seconds.plus(_reading(pace, own).times(reads))
-    asked = cfg.eval.generate if len(prepared.eval) and stage.generates else 0
-    if asked:
-        answers = _answers(cfg, prepared, calibration, asked)
-        every = evaluations(steps, cfg.train.eval_every) if stage.answer_tokens else 2
-        share = every / evaluations(steps, cfg.train.eval_every) / loader.world
-        answering = answers.seconds.times(share * (2 if stage.answer_tokens else 1))  # a sampled one beside the greedy
-    tokens = int(prepared.eval.processed(loader.packing.layout).sum()) / loader.world
-    evaluation = Seconds() if stage.answer_tokens else _reading(pace, tokens)
-    reference = Seconds()
-    if stage.needs_reference(False) == "always":
-        reference = evaluation.plus(
-            _reading(pace, int(prepared.train.processed(loader.packing.layout).sum()) / loader.world)
-        )
-    number = evaluations(steps, cfg.train.eval_every) + (0 if stage.answer_tokens else 1)  # once more at the temperature
-    sizes = mean([Seconds(step.tokens) for step in rehearsal.steps]).value
-    times = Times(
-        mean([pace.step(step) for step in rehearsal.sizes]), evaluation.plus(answering), sampling, reference, sizes, steps,
-        stage.updates, number,
-    )  # fmt: skip
-    return run, times
-
-
-def _reading(pace: Pace, tokens: float) -> Seconds:
-    """Forward passes over so many tokens, in forwards of the largest size."""
-    largest = max(micro.tokens for micro in pace.micro)
-    return pace.scoring([largest]).times(tokens / largest)
-
-
-def _answers(cfg: Config, prepared: Prepared, calibration: Calibration, asked: int) -> Written:
-    groups = prepared.eval.groups(range(min(asked, len(prepared.eval))))
-    return write(calibration, [prompt_tokens(group) for group in groups], 1, cfg.eval.max_new_tokens, Sampling())
+def _runs(calibration: Calibration, rehearsal: Rehearsal, run: Run, written: Written | None) -> list[Run]:
+    """The run with the largest micro-batch that a step begins with, and with the largest that comes later."""
+    scoring = calibration.scoring_bytes(rehearsal.largest)
+    found = []
+    for batch, accumulates in ((rehearsal.first, False), (rehearsal.later, True)):
+        if batch is not None:
+            layers, outside = calibration.bytes_of(batch, accumulates)
+            one = max(each.forward + each.kept for each in layers)
+            with_it = replace(run, layers=layers, outside=outside, accumulates=accumulates, scoring=scoring + one)
+            found.append(replace(with_it, cache=written.cache, sampling=written.beside) if written else with_it)
+    return found
 
 
 def resident() -> int:

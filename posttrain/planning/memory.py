@@ -17,7 +17,7 @@ from dataclasses import dataclass
 Moment = dict[str, int]
 """What: bytes."""
 
-MOMENTS_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
+AVERAGES_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw8bit": 2 + 8 / 256, "paged_adamw8bit": 2 + 8 / 256}
 """AdamW's two averages, bytes a trained parameter: fp32, or 8 bits and an fp32 scale for each 256."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -179,6 +179,11 @@ def peak(moments: dict[str, Moment]) -> tuple[str, int]:
     """The moment with the most, and how much."""
     name = max(moments, key=lambda each: total(moments[each]))
     return name, total(moments[name])
+
+
+def most(*runs: dict[str, Moment]) -> dict[str, Moment]:
+    """Of each moment the one with more in it."""
+    return {name: max((run[name] for run in runs), key=total) for name in runs[0]}
 
 
 def cache_bytes(tokens: int, each_layer: Iterable[tuple[int, float]]) -> int:

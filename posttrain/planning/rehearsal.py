@@ -23,26 +23,31 @@ STEPS = 8
 
 @dataclass
 class Rehearsal:
-    """steps: the first ones, this rank's share. largest: the micro-batch with the most tokens, padding included."""
+    """steps: the first ones, this rank's share. first, later: the largest micro-batch, padding included, of those that a step
+    begins with, and of those that find gradients of earlier ones; None where steps have but one."""
 
     steps: list[Step]
-    largest: Batch
+    first: Batch
+    later: Batch | None
 
     @property
-    def accumulates(self) -> bool:
-        """Whether a step has several micro-batches on a rank."""
-        return any(len(step.micro_batches) > 1 for step in self.steps)
+    def largest(self) -> Batch:
+        return max((self.first, *([self.later] if self.later else [])), key=tokens_of)
 
     @property
     def sizes(self) -> list[list[int]]:
         """Tokens of every micro-batch, step by step."""
-        return [[micro.input_ids.numel() for micro in step.micro_batches] for step in self.steps]
+        return [[tokens_of(micro) for micro in step.micro_batches] for step in self.steps]
 
     def samples(self) -> list[Batch]:
-        """The smallest, the middle and the largest micro-batch: between them times are interpolated."""
-        every = sorted((m for step in self.steps for m in step.micro_batches), key=lambda m: m.input_ids.numel())
-        chosen = [every[0], every[len(every) // 2], self.largest]
-        return list({micro.input_ids.numel(): micro for micro in chosen}.values())
+        """The smallest and the largest micro-batch: between them times are interpolated."""
+        smallest = min((micro for step in self.steps for micro in step.micro_batches), key=tokens_of)
+        return list({tokens_of(micro): micro for micro in (smallest, self.largest)}.values())
+
+
+def tokens_of(micro: Batch) -> int:
+    """Padding included."""
+    return micro.input_ids.numel()
 
 
 def rehearse(cfg: Config, prepared: Prepared, loader: Loader | StreamLoader, steps: int) -> Rehearsal:
@@ -54,8 +59,9 @@ def rehearse(cfg: Config, prepared: Prepared, loader: Loader | StreamLoader, ste
     for number, drawn in enumerate(groups):
         data = Examples(cfg.stage.rehearsed([_known(cfg, group) for group in drawn], packing.layout))
         made.append(compose(number, data, np.arange(len(data)), packing, 0, world))
-    largest = max((m for step in made for m in step.micro_batches), key=lambda m: m.input_ids.numel())
-    return Rehearsal(made, _longest(cfg, prepared, packing, largest))
+    first = max((step.micro_batches[0] for step in made), key=tokens_of)
+    later = max((micro for step in made for micro in step.micro_batches[1:]), key=tokens_of, default=None)
+    return Rehearsal(made, _longest(cfg, prepared, packing, first), later)
 
 
 def _drawn(cfg: Config, prepared: Prepared, loader: Loader | StreamLoader, steps: int) -> list[list[TokenGroup]]:
@@ -76,12 +82,12 @@ def _known(cfg: Config, group: TokenGroup) -> TokenGroup:
     return group
 
 
-def _longest(cfg: Config, prepared: Prepared, packing: Packing, largest: Batch) -> Batch:
-    """The longest training example has a forward of its own if it alone is more than the largest of the first steps."""
+def _longest(cfg: Config, prepared: Prepared, packing: Packing, first: Batch) -> Batch:
+    """The longest training example, with which its step begins, if it alone is more than these steps begin with."""
     if cfg.stage.answer_tokens or not len(prepared.train):
-        return largest
+        return first
     sizes = prepared.train.widths(packing.layout) * prepared.train.heights(packing.layout)
-    if sizes.max() <= largest.input_ids.numel():
-        return largest
+    if sizes.max() <= tokens_of(first):
+        return first
     groups = [_known(cfg, group) for group in prepared.train.groups([int(sizes.argmax())])]
     return collate(groups, [[0]], packing.layout)

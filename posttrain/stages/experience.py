@@ -173,7 +173,9 @@ def imagined(prompts: list[TokenGroup], stage: Any) -> Experience:
         group.tokens.update({name: np.zeros(tokens, dtype=np.float32) for name in ("old", "reference", "values")})
     mask = torch.ones(len(groups), tokens, dtype=torch.float64)
     zeros, scores = torch.zeros_like(mask), torch.arange(len(groups), dtype=torch.float64) % 2
-    return Experience(groups, mask, zeros, zeros, zeros, zeros, scores, {}, scores > 0, stage.samples, [""] * len(groups))
+    return Experience(
+        groups, mask, zeros, zeros, zeros, zeros, scores, {}, scores > 0, stage.samples, [""] * len(groups)
+    )
 
 
 def token_columns(
