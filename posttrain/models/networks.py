@@ -113,7 +113,7 @@ def shape_network(
 def weights_dtype(model: ModelConfig, adapter: AdapterConfig, compute_dtype: torch.dtype) -> torch.dtype:
     """What the model's own weights are held in."""
     if model.dtype != "auto":
-        return getattr(torch, model.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, model.dtype)
     return compute_dtype if adapter.name != "none" else torch.float32
 
 

@@ -77,8 +77,8 @@ class Calibration:
         """What each kind of layer, and the rest, keep and need for this micro-batch. accumulates: gradients of an earlier one
         lie there already."""
         batch = batch.to(self.runtime.device)
-        outside = self._outside_bytes(batch, accumulates)
-        return [self._layer_bytes(kind, batch, accumulates) for kind in self.skeleton.kinds], outside
+        layers = [self._layer_bytes(kind, batch, accumulates) for kind in self.skeleton.kinds]
+        return layers, self._outside_bytes(batch, accumulates)  # last: by then it is known what a layer hands on
 
     def seconds_of(self, batch: Batch) -> MicroSeconds:
         """What this micro-batch takes."""

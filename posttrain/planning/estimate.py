@@ -91,13 +91,13 @@ def _calibration(cfg: Config, runtime: Runtime, module: Decoder, run: Run) -> Ca
 
 def _runs(calibration: Calibration, rehearsal: Rehearsal, run: Run, written: Written | None) -> list[Run]:
     """The run with the largest micro-batch that a step begins with, and with the largest that comes later."""
-    scoring = calibration.scoring_bytes(rehearsal.largest)
     found = []
     for batch, accumulates in ((rehearsal.first, False), (rehearsal.later, True)):
         if batch is not None:
             layers, outside = calibration.bytes_of(batch, accumulates)
             one = max(each.forward + each.kept for each in layers)
-            with_it = replace(run, layers=layers, outside=outside, accumulates=accumulates, scoring=scoring + one)
+            scoring = one + calibration.scoring_bytes(batch)
+            with_it = replace(run, layers=layers, outside=outside, accumulates=accumulates, scoring=scoring)
             found.append(replace(with_it, cache=written.cache, sampling=written.beside) if written else with_it)
     return found
 

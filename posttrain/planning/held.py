@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,12 +68,10 @@ def frozen_beside(cfg: Config, module: Decoder, compute_dtype: torch.dtype) -> t
 def _policy(module: Decoder) -> nn.Module:
     """Without its critic: what the reference is a copy of."""
     found: Any = module.model
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _other(cfg: Config, path: str, compute_dtype: torch.dtype, key: str, scores: bool = False) -> nn.Module:
-    from dataclasses import replace
-
     model, adapter = other_model(cfg.model, path), replace(cfg.adapter, name="none", path=None)
     with told_of(key), torch.device("meta"):
         shape: nn.Module = load_shape(

@@ -103,10 +103,11 @@ class Skeleton:
 
     def _like(self, tensor: Tensor) -> Tensor:
         if type(tensor).__name__ == "Params4bit":
-            values = torch.randn(tensor.shape, dtype=tensor.dtype)
-            return type(tensor)(values, requires_grad=False, **vars(tensor)).to(self.device)
-        made = torch.zeros_like(tensor, device=self.device)
-        return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+            values, quantized = torch.randn(tensor.shape, dtype=tensor.dtype), type(tensor)
+            made: Tensor = quantized(values, requires_grad=False, **vars(tensor)).to(self.device)  # type: ignore[call-overload]
+            return made
+        zeros = torch.zeros_like(tensor, device=self.device)
+        return nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
 
 
 def layers_of(decoder: Decoder) -> nn.ModuleList:

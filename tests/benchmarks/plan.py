@@ -53,6 +53,7 @@ CASES = {
     "sft, gradient checkpointing, bf16": [*SFT, "train.gradient_checkpointing=true", *BF16],
     "lora": ["stage=lora", *SFT[1:], "adapter.targets=all-linear"],
     "lora, bf16": ["stage=lora", *SFT[1:], *BF16],
+    "qlora, the embedded model": ["stage=qlora", *SFT[1:], "adapter.targets=all-linear", "model.init=weights"],
     "sft, 8-bit AdamW": [*SFT, "optim=adamw8bit"],
     "dpo, shared": ["stage=dpo", "data.train=embedded:pairs:2000", "batch.layout=shared"],
     "dpo, padded, lora": ["stage=dpo", "adapter=lora", "data.train=embedded:pairs:2000", "batch.layout=padded"],
@@ -76,7 +77,10 @@ class Measured:
 
 
 def overrides(case: str, model: dict[str, int]) -> list[str]:
-    return [*COMMON, *CASES[case], *(f"model.config.{key}={value}" for key, value in model.items())]
+    given = [*COMMON, *CASES[case]]
+    if "model.init=weights" in given:  # 4 bits are made of weights alone
+        return given
+    return [*given, *(f"model.config.{key}={value}" for key, value in model.items())]
 
 
 def planned(arguments: list[str]) -> Any:
