@@ -54,6 +54,8 @@ def mean(parts: Sequence[Seconds]) -> Seconds:
 
 
 def clock(seconds: float) -> str:
-    """h:mm, or m:ss below an hour."""
+    """Seconds below a minute, m:ss below an hour, else h:mm."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{rest:02d} min"

@@ -73,7 +73,7 @@ def estimate(
         return Estimate(run.moments(), process, None, told)
     kinds = calibration.skeleton.kinds
     layers = f"1 of {kinds[0].count}" if len(kinds) == 1 else f"{len(kinds)} of {sum(k.count for k in kinds)}"
-    sizes = ", ".join(f"{m.input_ids.numel():,}" for m in rehearsal.samples())
+    sizes = " and ".join(f"{tokens:,}" for tokens in times.measured)
     measured = f"{layers} layers with random weights, and the output layer, on forwards of {sizes} tokens"
     return Estimate(most(*(each.moments() for each in runs)), process, times, measured)
 
@@ -93,7 +93,9 @@ def _runs(calibration: Calibration, rehearsal: Rehearsal, run: Run, written: Wri
     """The run with the largest micro-batch that a step begins with, and with the largest that comes later."""
     found = []
     for batch, accumulates in ((rehearsal.first, False), (rehearsal.later, True)):
-        if batch is not None:
+        if batch is not None and (
+            accumulates or batch is rehearsal.largest
+        ):  # else the later one holds more in any case
             layers, outside = calibration.bytes_of(batch, accumulates)
             one = max(each.forward + each.kept for each in layers)
             scoring = one + calibration.scoring_bytes(batch)

@@ -39,10 +39,9 @@ class Rehearsal:
         """Tokens of every micro-batch, step by step."""
         return [[tokens_of(micro) for micro in step.micro_batches] for step in self.steps]
 
-    def samples(self) -> list[Batch]:
-        """The smallest and the largest micro-batch: between them times are interpolated."""
-        smallest = min((micro for step in self.steps for micro in step.micro_batches), key=tokens_of)
-        return list({tokens_of(micro): micro for micro in (smallest, self.largest)}.values())
+    @property
+    def smallest(self) -> Batch:
+        return min((micro for step in self.steps for micro in step.micro_batches), key=tokens_of)
 
 
 def tokens_of(micro: Batch) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from posttrain.data.loader import Loader
 from posttrain.data.pipeline import Prepared
 from posttrain.planning.calibrate import Calibration, Seconds
 from posttrain.planning.duration import Pace, evaluations, mean
-from posttrain.planning.rehearsal import Rehearsal
+from posttrain.planning.rehearsal import Rehearsal, tokens_of
 from posttrain.planning.writing import Written, write
 from posttrain.sampling import Sampling
 
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from posttrain.data.streaming.stream import StreamLoader
 
 
+LONG_SECONDS = 4.0
+
+
 @dataclass
 class Times:
     """step: of an optimizer step. sampling: of an iteration's answers and their scoring, where the stage samples. evaluation:
-    each; reference: once, at the start. tokens: of a step, all ranks."""
+    each; reference: once, at the start. tokens: of a step, all ranks. measured: tokens of the micro-batches that were run."""
 
     step: Seconds
     sampling: Seconds
@@ -32,6 +36,7 @@ class Times:
     steps: int
     updates: int
     evaluations: int
+    measured: list[int]
 
     @property
     def whole(self) -> Seconds:
@@ -42,9 +47,12 @@ class Times:
 
 
 def pace_of(cfg: Config, calibration: Calibration, rehearsal: Rehearsal, trained: int) -> Pace:
-    """trained: how many numbers this rank's optimizer moves."""
-    update = calibration.update_seconds(cfg.optim, trained)
-    micro = [calibration.seconds_of(batch) for batch in rehearsal.samples()]
+    """trained: how many numbers this rank's optimizer moves. The smallest micro-batch is measured too, unless that takes long:
+    then times are in proportion to tokens."""
+    update, began = calibration.update_seconds(cfg.optim, trained), time.perf_counter()
+    micro = [calibration.seconds_of(rehearsal.largest)]
+    if time.perf_counter() - began < LONG_SECONDS and tokens_of(rehearsal.smallest) < micro[0].tokens:
+        micro.append(calibration.seconds_of(rehearsal.smallest))
     return Pace(micro, calibration.scoring_seconds(rehearsal.largest), update, cfg.train.gradient_checkpointing)
 
 
@@ -85,7 +93,8 @@ def times_of(
     evaluation = evaluation.plus(_answers(cfg, prepared, calibration).times(share / world))
     step = mean([pace.step(sizes) for sizes in rehearsal.sizes])
     tokens = sum(step.tokens for step in rehearsal.steps) / len(rehearsal.steps)
-    return Times(step, sampling, evaluation, reference, tokens, steps, stage.updates, looks)
+    sizes = [micro.tokens for micro in pace.micro]
+    return Times(step, sampling, evaluation, reference, tokens, steps, stage.updates, looks, sizes)
 
 
 def _answers(cfg: Config, prepared: Prepared, calibration: Calibration) -> Seconds:

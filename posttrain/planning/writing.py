@@ -89,11 +89,10 @@ def write(calibration: Calibration, prompts: list[list[int]], samples: int, room
     parts = [[prompts[i] for i in part] for part in buckets(prompts, room, BATCH_TOKENS, samples)]
     first = max(parts, key=len)
     halfway = [prompt + prompt[:1] * (room // 2) for prompt in first]
-    _run(calibration, halfway, samples, sampling, Clock(calibration))
+    with Allocations(calibration.skeleton.module.parameters()) as seen:  # and warms up
+        _run(calibration, halfway, samples, sampling, Clock(calibration))
     clock = Clock(calibration)
     whole = _run(calibration, halfway, samples, sampling, clock)
-    with Allocations(calibration.skeleton.module.parameters()) as seen:
-        _run(calibration, halfway, samples, sampling, Clock(calibration))
     shares = [len(part) / len(first) for part in parts]
     longest = max(len(part) * samples * (max(map(len, part)) + room) for part in parts)
     there = len(first) * samples * (max(map(len, halfway)) + TOKENS)

@@ -126,6 +126,7 @@ def test_a_skeletons_layer_is_the_models() -> None:
 def test_every_stage_is_measured(stage: str, capfd: pytest.CaptureFixture[str]) -> None:
     kind = {"gpro": "groups", "ppo": "prompts", "qlora": "prompt_completion"}[stage]
     data = [f"data.train=embedded:{kind}:60", f"data.eval=embedded:{kind}:20:held_out"]
+    data += ["stage.max_new_tokens=8", "stage.rewards=[exact]"] if stage == "ppo" else []
     assert main(["plan", *small_arguments(f"stage={stage}", *data, "eval.generate=2", "eval.max_new_tokens=4")]) == 0
     said = capfd.readouterr().out
     assert "the run" in said
