@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types checks bench bench-preferences bench-rollouts wheel clean
+.PHONY: demo test lint types checks bench bench-preferences bench-rollouts bench-plan wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
@@ -28,6 +28,9 @@ bench-preferences: $(VENV)/.dev
 
 bench-rollouts: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/rollouts.py $(BENCH)
+
+bench-plan: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/plan.py $(BENCH)
 
 bench-stats: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/stats.py $(BENCH)

@@ -23,7 +23,7 @@ from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
 from posttrain.errors import DataError, ModelError
 from posttrain.models.float8 import float8_of
-from posttrain.models.networks import build_network
+from posttrain.models.networks import build_network, read_by_all
 from posttrain.models.others import other_model, told_of
 from posttrain.models.probe import check_forward
 from posttrain.models.sharding import whole
@@ -170,12 +170,12 @@ def reference_network(cfg: Config, runtime: Runtime) -> Any:
     if given is not None:
         model, adapter = other_model(model, given), replace(adapter, name="none", path=None)
     with told_of("model.reference") if given is not None else nullcontext():
-        quantized, float8 = adapter.name == "qlora", float8_of(cfg.precision)
-        shape_only = not runtime.reads_weights(quantized)
+        by_all, float8 = read_by_all(model, adapter), float8_of(cfg.precision)
+        shape_only = not runtime.reads_weights(by_all)
         network, _ = build_network(
             model, adapter, runtime.compute_dtype, cfg.train.seed, float8=float8, shape_only=shape_only
         )
-    return runtime.place(network, quantized) if runtime.shards else network
+    return runtime.place(network, by_all) if runtime.shards else network
 
 
 @torch.no_grad()

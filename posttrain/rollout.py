@@ -26,6 +26,9 @@ from posttrain.sampling import Sampling, kept_ids, pick, uniforms
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
 
+BATCH_TOKENS = 16_384
+"""Most tokens, prompts, padding and room for the answers included, that are written to at a time."""
+
 LEAVE = 0.75
 """Rows leave the batch once at most this share of it is still being written: each time copies the others' cache."""
 
@@ -95,7 +98,7 @@ def generate(
     ends: set[int],
     pad: int,
     max_new_tokens: int,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
     device: torch.device | None = None,
     sampling: Sampling | None = None,
     samples: int = 1,
@@ -111,7 +114,7 @@ def generate(
     with gathered(policy), _evaluating(policy):
         ours = attends(policy, device)
         write = (_Writer if ours else _Library)(policy, ends, pad, sampling, device)
-        for part in _buckets(prompts, max_new_tokens, batch_tokens, samples, padded=ours):
+        for part in buckets(prompts, max_new_tokens, batch_tokens, samples, padded=ours):
             given = [prompts[i] for i in part]
             room = max(1, min(max_new_tokens, limit - max(map(len, given)))) if limit else max_new_tokens
             found = write(given, uniforms([keys[i] for i in part], samples, room, sampling), samples, room)
@@ -262,7 +265,7 @@ def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor
     return ids, mask
 
 
-def _buckets(
+def buckets(
     prompts: Sequence[list[int]], room: int, budget: int, samples: int, padded: bool = True
 ) -> Iterator[list[int]]:
     """Positions in batches of like length, of equal length unless `padded`, whose tokens, answers and padding included, stay

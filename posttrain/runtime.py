@@ -79,17 +79,17 @@ class Runtime:
             return f"{torch.cuda.get_device_name(self.device)}, {precision}, {processes}"
         return f"CPU ({torch.get_num_threads()} threads), {precision}, {processes}"
 
-    def reads_weights(self, quantized: bool) -> bool:
+    def reads_weights(self, by_all: bool) -> bool:
         """Whether this rank reads a network's weights itself. Where they will lie in parts rank 0 alone does, and the others
-        make the shape: else a machine would hold them once a GPU. What is quantised as it is read, all read."""
-        return not self.shards or self.is_main or quantized
+        make the shape: else a machine would hold them once a GPU. by_all: networks.read_by_all."""
+        return not self.shards or self.is_main or by_all
 
-    def place(self, network: Any, quantized: bool = False) -> Any:
-        """The network on the device, or each rank's part of it."""
+    def place(self, network: Any, by_all: bool) -> Any:
+        """The network on the device, or each rank's part of it. by_all: as in reads_weights."""
         if not self.shards:
             return network.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.world,))
-        shard(network, mesh, self.compute_dtype, self.offload, full=quantized or self.world == 1)
+        shard(network, mesh, self.compute_dtype, self.offload, full=by_all or self.world == 1)
         return network
 
     def wrap(

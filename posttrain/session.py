@@ -29,7 +29,7 @@ from posttrain.judge import open_judge
 from posttrain.layout import beyond_budget, packing_of, probe_critic, probe_layout
 from posttrain.models.float8 import check_float8, float8_of
 from posttrain.models.load import load_config, load_tokenizer
-from posttrain.models.networks import Head, Networks, build_network
+from posttrain.models.networks import Head, Networks, build_network, read_by_all
 from posttrain.models.others import told_of
 from posttrain.models.policy import ValueModel
 from posttrain.models.probe import probe_positions, sliding_window
@@ -115,7 +115,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     check_fits(cfg, policy, tokenizer)
     lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
     check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
-    runtime.place(policy, quantized=adapter.name == "qlora")
+    runtime.place(policy, read_by_all(model, adapter))
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
     probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
@@ -291,7 +291,7 @@ def open_network(
 ) -> tuple[Any, str]:
     """The network and its adapter's line."""
     float8 = float8_of(cfg.precision)
-    shape_only = not runtime.reads_weights(quantized=adapter.name == "qlora")
+    shape_only = not runtime.reads_weights(read_by_all(model, adapter))
     return build_network(
         model, adapter, runtime.compute_dtype, cfg.train.seed, checkpointing, head, critic, float8, shape_only
     )

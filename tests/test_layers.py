@@ -49,6 +49,7 @@ STOREYS = [
         "startup",
         "report",
         "meter",
+        "planning",
         "signals",
         "summary",
         "zero",

@@ -104,11 +104,15 @@ class Loader:
 
     def steps(self, first: int, last: int, draws: int | None = None) -> Iterator[Step]:
         """Steps first .. last-1, counted from 0; `draws` cuts the last step of an epoch-counted run."""
-        start = first * self.size if self.size else sum(self._sizes(first, draws))
-        for number in range(first, last):
-            count = self._count(start, draws)
-            positions = self.order.take(start, count)
+        for number, positions in enumerate(self.positions(first, last, draws), first):
             yield compose(number, self.data, positions, self.packing, self.rank, self.world)
+
+    def positions(self, first: int, last: int, draws: int | None = None) -> Iterator[np.ndarray]:
+        """Of each of these steps' Groups in the dataset."""
+        start = first * self.size if self.size else sum(self._sizes(first, draws))
+        for _ in range(first, last):
+            count = self._count(start, draws)
+            yield self.order.take(start, count)
             start += count
 
     def take(self, number: int) -> list[TokenGroup]:

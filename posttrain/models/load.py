@@ -118,13 +118,23 @@ def load_model(
 
 
 def load_shape(
-    config: PreTrainedConfig, scores: bool = False, dtype: torch.dtype | None = None, model: ModelConfig | None = None
+    model: ModelConfig, config: PreTrainedConfig, dtype: torch.dtype, quantization: Any = None, scores: bool = False
 ) -> Any:
-    """The network of a config, under torch.device("meta"); scores, dtype, model: as in load_model."""
+    """What load_model gives, without its numbers, under torch.device("meta"): for a plan, and for ranks whose weights come from
+    rank 0."""
     if scores:
-        config.num_labels = 1
-    said = {**_attention(model), **_remote(model)} if model else {}
-    return _auto(scores).from_config(config, **({"dtype": dtype} if dtype else {}), **said)
+        _prepare_scores(config, model)
+    else:
+        _refuse_scores(model)
+    network: Any = _auto(scores).from_config(config, dtype=dtype, **_attention(model), **_remote(model))
+    if quantization:
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        kept = get_keys_to_not_convert(network)
+        replace_with_bnb_linear(network, modules_to_not_convert=kept, quantization_config=quantization)
+        network.is_loaded_in_4bit = True  # peft looks here for which of its layers fits
+    return network
 
 
 def _attention(model: ModelConfig) -> dict[str, Any]:

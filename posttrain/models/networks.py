@@ -16,7 +16,7 @@ from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.float8 import Float8, convert
-from posttrain.models.lineage import resolve_path
+from posttrain.models.lineage import nonlinear, resolve_path
 from posttrain.models.load import load_config, load_model, load_shape
 from posttrain.models.others import other_model, told_of
 from posttrain.models.policy import Policy, ValueModel, value_head
@@ -99,30 +99,46 @@ def _build(
     config = load_config(model)
     if head is not None:
         _check_pooling(config, model, adapter, head)
-    frozen = adapter.name != "none"
-    dtype = getattr(torch, model.dtype) if model.dtype != "auto" else (compute_dtype if frozen else torch.float32)
-    network: Any = _network(
-        model, config, dtype, seed, quantization(adapter, compute_dtype), head is not None, shape_only
-    )
-    described = "none"
-    _freeze_towers(network)
+    dtype, quantized = weights_dtype(model, adapter, compute_dtype), quantization(adapter, compute_dtype)
+    network = _network(model, config, dtype, seed, quantized, head is not None, shape_only)
     if checkpointing:
         _recompute_activations(network)
-    if frozen:
+    decoder, described = _assembled(network, adapter, seed, head, float8)
+    if critic and isinstance(decoder, Policy):
+        if model.critic is None:
+            decoder.critic = head_on(decoder, adapter.path or model.path)
+        else:
+            decoder.critic = load_critic(model, seed, checkpointing, shape_only)
+            if float8 is not None:
+                decoder.critic.float8 = convert(decoder.critic, float8, adapted=False)
+    return decoder, described
+
+
+def read_by_all(model: ModelConfig, adapter: AdapterConfig) -> bool:
+    """Whether the network's shape is not known before its weights are read: it is quantised as it is, or has adapters in place
+    that no config of it tells of."""
+    return adapter.name == "qlora" or bool(nonlinear(model.path))
+
+
+def weights_dtype(model: ModelConfig, adapter: AdapterConfig, compute_dtype: torch.dtype) -> torch.dtype:
+    """What the model's own weights are held in."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    return compute_dtype if adapter.name != "none" else torch.float32
+
+
+def _assembled(
+    network: Any, adapter: AdapterConfig, seed: int, head: Head | None, float8: Float8 | None
+) -> tuple[Decoder, str]:
+    """The network with its adapter, as a policy or with `head` as a reward model."""
+    described = "none"
+    _freeze_towers(network)
+    if adapter.name != "none":
         network, described = add_adapter(network, adapter, seed, scores=head is not None)
-    decoder = Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)
+    decoder: Decoder = Policy(network) if head is None else RewardModel(network, head.pooling, head.ends)
     if float8 is not None:
-        decoder.float8 = convert(decoder, float8, adapted=frozen)
-    if not isinstance(decoder, Policy):
-        return decoder, described
-    policy = decoder
-    if critic and model.critic is not None:
-        policy.critic = load_critic(model, seed, checkpointing, shape_only)
-        if float8 is not None:
-            policy.critic.float8 = convert(policy.critic, float8, adapted=False)
-    elif critic:
-        policy.critic = head_on(policy, adapter.path or model.path)
-    return policy, described
+        decoder.float8 = convert(decoder, float8, adapted=adapter.name != "none")
+    return decoder, described
 
 
 def head_on(policy: Policy, directory: str | None) -> torch.nn.Linear:
@@ -139,8 +155,7 @@ def _network(
 ) -> Any:
     if not shape_only:
         return load_model(model, config, dtype, seed, quantization, scores)
-    assert quantization is None, "what is quantised has no shape before its weights are read"
-    return load_shape(config, scores, dtype, model)
+    return load_shape(model, config, dtype, quantization, scores)
 
 
 def load_critic(model: ModelConfig, seed: int, checkpointing: bool, shape_only: bool = False) -> ValueModel:

@@ -166,6 +166,10 @@ class Stage:
         """What: value, for the plan's table."""
         return []
 
+    def rehearsed(self, groups: list[TokenGroup], layout: str) -> list[TokenGroup]:
+        """What a plan takes for the Groups of one step, of those that the data gives it; a stage that samples adds answers."""
+        return groups
+
     def batches(self, networks: Networks, supply: Supply, first: int, last: int) -> Iterable[Step]:
         """Steps first .. last-1; by default the data's own. A stage that samples makes them of what it has sampled."""
         return supply.loader.steps(first, last, supply.draws)

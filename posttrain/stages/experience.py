@@ -162,6 +162,22 @@ def collect(
     return experience
 
 
+def imagined(prompts: list[TokenGroup], stage: Any) -> Experience:
+    """What `collect` would give if every answer were as long as it may be: for a plan, which samples nothing."""
+    tokens = stage.max_new_tokens
+    ids, left = prompts[0].prompt[:1] * tokens, [np.zeros(1, dtype=np.int64)] * tokens
+    kept = left if stage.top_k is not None or stage.top_p < 1 else None
+    written = Generation(ids, None, [0.0] * tokens, kept)
+    groups = [answered(prompt, written, k, "") for prompt in prompts for k in range(stage.samples)]
+    for group in groups:
+        group.tokens.update({name: np.zeros(tokens, dtype=np.float32) for name in ("old", "reference", "values")})
+    mask = torch.ones(len(groups), tokens, dtype=torch.float64)
+    zeros, scores = torch.zeros_like(mask), torch.arange(len(groups), dtype=torch.float64) % 2
+    return Experience(
+        groups, mask, zeros, zeros, zeros, zeros, scores, {}, scores > 0, stage.samples, [""] * len(groups)
+    )
+
+
 def token_columns(
     networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
 ) -> dict[str, list[np.ndarray]]:

@@ -31,7 +31,7 @@ from posttrain.errors import ConfigError
 from posttrain.rollout import Sampling
 from posttrain.stages.base import Loss, Stage
 from posttrain.stages.controls import Controls, with_last
-from posttrain.stages.experience import Experience, collect
+from posttrain.stages.experience import Experience, collect, imagined
 from posttrain.stages.policy_gradient import (
     clipped_surrogate,
     discounted_returns,
@@ -185,6 +185,12 @@ class PPO(Stage):
             if "answer" not in columns and group.responses and isinstance(group.responses[0], str):
                 columns["answer"] = group.responses[0]
             yield Group(group.prompt, (), columns=columns, file=group.file, row=group.row)
+
+    def rehearsed(self, groups: list[TokenGroup], layout: str) -> list[TokenGroup]:
+        """The first minibatch of an iteration whose answers are all as long as they may be."""
+        experience = imagined(groups, self)
+        self.add_advantages(experience, experience.scores, self.beta)
+        return next(self.minibatches_of(experience, layout, 0, 0))
 
     def batches(self, networks: Networks, supply: Supply, first: int, last: int) -> Iterator[Step]:
         """Every optimizer step of every iteration; a checkpoint may be made after an iteration's last."""

@@ -16,7 +16,7 @@ from posttrain.examples import check_slices, describe, write_data
 from posttrain.frozen import open_frozen
 from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
-from posttrain.models.networks import Networks
+from posttrain.models.networks import Networks, read_by_all
 from posttrain.models.probe import probe_positions, sliding_window
 from posttrain.models.rope import check_rope
 from posttrain.models.sharding import gathered
@@ -99,7 +99,7 @@ def _open(cfg: Config, runtime: Runtime, tokenizer: Any) -> Scored:
     """The model alone, a policy whatever the stage."""
     policy, _ = open_network(cfg, runtime, cfg.model, cfg.adapter)
     check_embeddings(policy, tokenizer)
-    runtime.place(policy, quantized=cfg.adapter.name == "qlora")
+    runtime.place(policy, read_by_all(cfg.model, cfg.adapter))
     return Scored(policy, None, Evaluation(0, {}))
 
 
@@ -117,7 +117,7 @@ def _score(cfg: Config, run: RunDir, runtime: Runtime, console: Console, tokeniz
     policy, described = open_network(cfg, runtime, cfg.model, cfg.adapter, head=cfg.stage.head(ends))
     check_fits(cfg, policy, tokenizer)
     check_rope(policy.network.config, prepared.eval.longest)
-    runtime.place(policy, quantized=cfg.adapter.name == "qlora")
+    runtime.place(policy, read_by_all(cfg.model, cfg.adapter))
     packing = packing_of(cfg, runtime.device.type, prepared)
     probed = probe_positions(prepared.eval.longest, sliding_window(policy.network))
     examples = [group if group.count else group.in_two() for group in prepared.eval.groups(probed)]

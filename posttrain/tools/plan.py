@@ -1,48 +1,62 @@
-"""`posttrain plan`: what a run would do, before it does anything; loads no weights."""
+"""`posttrain plan`: what a run would do, hold and take, before it does anything; loads no weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from posttrain.companions import check_companions
 from posttrain.layout import beyond_budget, packing_of
-from posttrain.models.adapters import add_adapter
+from posttrain.models.adapters import parameter_count
 from posttrain.models.lineage import folded
-from posttrain.models.load import load_config, load_shape, load_tokenizer
+from posttrain.models.load import load_tokenizer
+from posttrain.models.networks import build_network
 from posttrain.optim import warmup_steps
+from posttrain.planning.duration import clock
+from posttrain.planning.estimate import Estimate, estimate, world_of
+from posttrain.planning.memory import peak, total
 from posttrain.report.console import Console
 from posttrain.session import check_attention, check_positions, count_steps, open_loader, prepare_data
 from posttrain.startup import open_runtime
 
 if TYPE_CHECKING:
     from posttrain.config import Config
+    from posttrain.runtime import Runtime
 
 GIB = 2**30
 
 
 def plan(cfg: Config) -> None:
-    """Data counts, tokens, steps and the memory of weights, gradients and optimizer."""
-    console, runtime = Console(), open_runtime(cfg)
+    """Data counts, tokens, steps, the memory of every part, and how long it will take."""
+    runtime = open_runtime(cfg)
+    console = Console(runtime.is_main)
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
     check_companions(cfg, tokenizer)
     prepared = prepare_data(cfg, tokenizer, runtime)
     packing = packing_of(cfg, runtime.device.type, prepared)
     prepared.lines += beyond_budget(prepared, packing, cfg.data.max_length)
-    steps, draws = count_steps(cfg, open_loader(cfg, prepared, packing))
-    model, described = _on_meta(cfg)
-    check_positions(cfg, model.config)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    world = world_of(cfg, runtime)
+    loader = open_loader(cfg, prepared, packing, 0, world)
+    steps, draws = count_steps(cfg, loader)
+    head, critic = cfg.stage.head(set()), cfg.stage.needs_critic
+    module, described = build_network(
+        cfg.model, cfg.adapter, runtime.compute_dtype, cfg.train.seed, head=head, critic=critic, shape_only=True
+    )
+    check_positions(cfg, module.network.config)
+    everything = parameter_count(module)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     epochs = (
         0 if prepared.stream else (draws or steps // cfg.stage.updates * (cfg.batch.size or 0)) / len(prepared.train)
     )
+    kind = module.network.config.model_type
+    found = estimate(cfg, runtime, prepared, loader, module, steps)
     rows = [
         ("stage", cfg.stage_name),
-        ("model", f"{cfg.model.path}: {model.config.model_type}, {total:,} parameters{folded(cfg.model.path)}"),
-        ("trained", f"{trained:,} parameters ({trained / total:.1%}), adapter {described}"),
+        ("model", f"{cfg.model.path}: {kind}, {everything:,} parameters{folded(cfg.model.path)}"),
+        ("trained", f"{trained:,} parameters ({trained / everything:.1%}), adapter {described}"),
         *prepared.facts(packing.layout),
         ("steps", f"{steps:,}" + (f" ({epochs:.2g} epochs)" if epochs else "") + f", {packing.layout}"),
         *cfg.stage.facts(),
@@ -51,10 +65,12 @@ def plan(cfg: Config) -> None:
             f"{cfg.schedule.name}, peak {cfg.optim.lr:g} after {warmup_steps(steps, cfg.schedule)} warm-up steps",
         ),
         *_reference(cfg),
-        ("device", runtime.describe()),
-        ("memory", _memory(cfg, model, runtime.compute_dtype)),
+        ("device", runtime.describe() + (f", planned for {world}" if world != runtime.world else "")),
+        *_time(cfg, found, world),
+        ("memory", _memory(cfg, runtime, found, world)),
     ]
     console.facts("plan (nothing was trained, no weights were loaded)", rows)
+    _table(console, found)
     for line in prepared.lines:
         console.line(f"  · {line}")
 
@@ -67,31 +83,75 @@ def _reference(cfg: Config) -> list[tuple[str, str]]:
     return [("reference", f"{cfg.model.reference or 'the policy as it starts'}: log-probs computed {told[wanted]}")]
 
 
-def _on_meta(cfg: Config) -> tuple[Any, str]:
-    """The model's shapes without its numbers, and its adapter's line."""
-    scores = cfg.stage.head(set()) is not None
-    with torch.device("meta"):
-        model: Any = load_shape(load_config(cfg.model), scores=scores)
-        if cfg.adapter.name == "none":
-            return model, "none"
-        plain = type(cfg.adapter)(**{**vars(cfg.adapter), "name": cfg.adapter.name.replace("qlora", "lora")})
-        model, described = add_adapter(model, plain, cfg.train.seed, scores)
-    return model, described.replace(plain.name, cfg.adapter.name, 1)
+def _time(cfg: Config, found: Estimate, world: int) -> list[tuple[str, str]]:
+    """A step, what is sampled, an evaluation, the run; and what of it was measured."""
+    if found.times is None:
+        return [("time", f"not known: {found.measured}")]
+    times = found.times
+    step, whole = times.step, times.whole
+    rows = [("a step", f"{step.value:.2g} ± {step.spread:.1g} s, {times.tokens / step.value:,.0f} tokens/s")]
+    if times.sampling.value:
+        rows.append(("sampling", f"at most {times.sampling.value:.2g} s an iteration, answers as long as they may be"))
+    if times.reference.value:
+        rows.append(("reference pass", f"{clock(times.reference.value)}, once"))
+    rows.append(("evaluation", f"{clock(times.evaluation.value)} each, {times.evaluations} of them"))
+    without = "without loading, saving" + (" and what the ranks tell each other" if world > 1 else "")
+    rows.append(("the run", f"{clock(whole.value)} ± {clock(whole.spread)}, {without}"))
+    return [*rows, ("measured", found.measured)]
 
 
-def _memory(cfg: Config, model: Any, compute: torch.dtype) -> str:
-    """fp32 masters, gradients and two moments for what trains; a frozen base in the compute dtype, its linear layers in
-    4 bits (and 1/8 bit of block scales) under qlora."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    quantized = 0
-    if cfg.adapter.name == "qlora":
-        head = model.get_base_model().get_output_embeddings()
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        quantized = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)
-    width = 2.0 if compute != torch.float32 and cfg.adapter.name != "none" else 4.0
-    each = 2.0 if cfg.optim.name == "adamw_bf16" else 4.0  # a weight that trains, its gradient, one of its moments
-    moments = 2.0 if "8bit" in cfg.optim.name else 2 * each
-    weights = (frozen - quantized) * width + quantized * (0.5 + 0.127 / 8) + trained * each
-    state = trained * (each + moments)
-    return f"weights {weights / GIB:.2f} GiB, gradients and optimizer {state / GIB:.2f} GiB, activations beside them"
+def _memory(cfg: Config, runtime: Runtime, found: Estimate, world: int) -> str:
+    """The most at once, whether there is as much, and what to change where there is not."""
+    moment, size = peak(found.moments)
+    size += found.process
+    told = f"{size / GIB:.2f} GiB at most on each device, in {moment}" + (
+        "" if found.times else f"; what is computed comes on top, not measured: {found.measured}"
+    )
+    there = device_bytes(runtime.device)
+    needed = size * (world if runtime.device.type == "cpu" else 1)
+    if there is None or needed <= there:
+        return told + ("" if there is None else f"; there are {there / GIB:.1f} GiB")
+    return f"{told}; there are only {there / GIB:.1f} GiB: {_instead(cfg, found, moment)}"
+
+
+def _instead(cfg: Config, found: Estimate, moment: str) -> str:
+    """What makes the largest parts smaller, those that cost least first."""
+    parts = found.moments[moment]
+    state = sum(parts.get(name, 0) for name in ("parameters", "gradients", "optimizer"))
+    ways = []
+    if parts.get("activations", 0) > 0.2 * total(parts):
+        ways += ["a smaller batch.micro_tokens"]
+        ways += [] if cfg.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    if state > 0.4 * total(parts):
+        ways += ["optim=adamw8bit"] if cfg.optim.name == "adamw" else []
+        ways += ["adapter=lora"] if cfg.adapter.name == "none" else []
+        ways += ["adapter=qlora"] if cfg.adapter.name == "lora" else []
+        ways += ["distribution=fsdp on more devices"] if cfg.distribution.name in ("single", "ddp") else []
+    if parts.get("answers' cache", 0) > 0.2 * total(parts):
+        ways += ["a smaller stage.max_new_tokens"]
+    if {"reference", "reward model"} & {*parts} and cfg.model.frozen_device == "device":
+        ways += ["model.frozen_device=offload"]
+    return "try " + ", ".join(ways or ["a smaller batch.micro_tokens"])
+
+
+def _table(console: Console, found: Estimate) -> None:
+    """A line a part, a column a moment, GiB."""
+    moments = found.moments
+    names = list(dict.fromkeys(name for moment in moments.values() for name, size in moment.items() if size))
+    rows = [[name, *(_gib(moment.get(name, 0)) for moment in moments.values())] for name in names]
+    if found.process:
+        rows.append(["this process", *(_gib(found.process) for _ in moments)])
+    rows.append(["together", *(_gib(total(moment) + found.process) for moment in moments.values())])
+    console.table("memory of one device, GiB", ["", *moments], rows)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3f}" if size else "–"
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """All memory of the device, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    names = os.sysconf_names
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else None

@@ -1,0 +1,243 @@
+"""What `posttrain plan` says of memory and time against what runs then take: writes a section of tests/benchmarks/RESULTS.md.
+
+    make bench-plan
+
+Measured: every block that torch's allocator gives and takes back while the run trains, from the profiler's records, which the
+plan does not use; and with --resident, in a process of its own a case, the largest resident set of the training loop. Random
+weights, so that a case's size can be chosen; each case trains three steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from run import write
+
+GIB = 2**30
+MODEL = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8192,
+}  # fmt: skip
+LARGER = MODEL | {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 16_384}
+COMMON = [
+    "model.path=embedded", "model.init=config", "train.epochs=null", "train.steps=3", "data.max_length=64",
+    "data.eval_limit=16", "eval.generate=0", "eval.resamples=100", "log.report=false", "precision=fp32", "batch.size=160",
+    "run.root=runs",
+]  # fmt: skip
+SFT = ["stage=sft", "data.train=embedded:prompt_completion:4000"]
+BF16 = ["precision=bf16", "batch.size=80", "batch.micro_tokens=448"]
+PPO = ["stage=ppo", "data.train=embedded:prompts:4000", "stage.rewards=[exact]", "stage.samples=4", "batch.size=48",
+       "stage.max_new_tokens=12", "stage.epochs=2", "eval.generate=8"]  # fmt: skip
+CASES = {
+    "sft": SFT,
+    "sft, one micro-batch a step": [*SFT, "batch.size=64"],
+    "sft, bf16": [*SFT, *BF16],
+    "sft, packed": [*SFT, "batch.layout=packed"],
+    "sft, eager attention": [*SFT, "model.attention=eager"],
+    "sft, gradient checkpointing": [*SFT, "train.gradient_checkpointing=true"],
+    "sft, gradient checkpointing, bf16": [*SFT, "train.gradient_checkpointing=true", *BF16],
+    "lora": ["stage=lora", *SFT[1:], "adapter.targets=all-linear"],
+    "lora, bf16": ["stage=lora", *SFT[1:], *BF16],
+    "qlora, the embedded model": ["stage=qlora", *SFT[1:], "adapter.targets=all-linear", "model.init=weights"],
+    "sft, 8-bit AdamW": [*SFT, "optim=adamw8bit"],
+    "dpo, shared": ["stage=dpo", "data.train=embedded:pairs:2000", "batch.layout=shared"],
+    "dpo, padded, lora": ["stage=dpo", "adapter=lora", "data.train=embedded:pairs:2000", "batch.layout=padded"],
+    "reward": ["stage=reward", "data.train=embedded:pairs:2000"],
+    "gpro": ["stage=gpro", "data.train=embedded:groups:1000", "batch.size=64"],
+    "ppo": PPO,
+    "ppo, group advantages, bf16": ["stage=grpo", *PPO[1:], *BF16, "batch.size=12"],
+    "ppo, lora": [*PPO, "adapter=lora"],
+    "pretrain": ["stage=pretrain", "data.train=embedded:text:4000"],
+}
+"""Name: overrides."""
+
+
+@dataclass
+class Measured:
+    """window: nanoseconds of the training loop; seconds: of each optimizer step; resident: its largest set in bytes."""
+
+    window: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    resident: int = 0
+
+
+def overrides(case: str, model: dict[str, int]) -> list[str]:
+    given = [*COMMON, *CASES[case]]
+    if "model.init=weights" in given:  # 4 bits are made of weights alone
+        return given
+    return [*given, *(f"model.config.{key}={value}" for key, value in model.items())]
+
+
+def planned(arguments: list[str]) -> Any:
+    """The plan's own estimate."""
+    from posttrain.config import resolve
+    from posttrain.planning import estimate as module
+    from posttrain.tools.plan import plan
+
+    found: list[Any] = []
+    kept = module.estimate
+    import posttrain.tools.plan as tool
+
+    tool.estimate = lambda *given: found.append(kept(*given)) or found[0]  # type: ignore[attr-defined,func-returns-value]
+    try:
+        plan(resolve(arguments, "plan"))
+    finally:
+        tool.estimate = kept  # type: ignore[attr-defined]
+    if found[0].times is None:
+        raise SystemExit(f"not measured: {found[0].measured}")
+    return found[0]
+
+
+@contextmanager
+def watching() -> Iterator[Measured]:
+    """The training loop's window and steps; nothing is saved."""
+    from posttrain import train
+
+    found = Measured()
+    fit, update = train.Trainer._fit, train.Trainer._update
+    undo = {"checkpoint.save": train.checkpoint.save, "save_model": train.save_model}
+
+    def timed_fit(self: Any) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set counts from here
+        found.window.append(time.time_ns())
+        try:
+            return fit(self)
+        finally:
+            found.window.append(time.time_ns())
+            status = Path("/proc/self/status").read_text()
+            found.resident = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+    def timed_update(self: Any, step: Any) -> None:
+        began = time.perf_counter()
+        update(self, step)
+        found.seconds.append(time.perf_counter() - began)
+
+    train.Trainer._fit, train.Trainer._update = timed_fit, timed_update  # type: ignore[method-assign]
+    train.checkpoint.save = train.save_model = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        train.Trainer._fit, train.Trainer._update = fit, update  # type: ignore[method-assign]
+        train.checkpoint.save, train.save_model = undo["checkpoint.save"], undo["save_model"]
+
+
+def allocated(events: Any, window: list[int]) -> int:
+    """The most bytes of torch's allocator that were given at once, within the window."""
+    blocks = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = most = 0
+    for at, size in blocks:
+        live += size
+        if window[0] <= at <= window[1]:
+            most = max(most, live)
+    return most
+
+
+def measure(case: str, model: dict[str, int], resident: bool = False) -> dict[str, Any]:
+    """Planned and measured: bytes and seconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from posttrain import run
+    from posttrain.planning.memory import peak
+
+    arguments = overrides(case, model)
+    plan = planned(arguments)
+    moment, size = peak(plan.moments)
+    found = {"case": case, "moment": moment, "planned": size, "planned_seconds": plan.times.step.value,
+             "process": plan.process}  # fmt: skip
+    with watching() as seen:
+        if resident:
+            run(arguments)
+        else:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
+                run(arguments)
+            found["measured"] = allocated(records.profiler.kineto_results.events(), seen.window)
+    return found | {"resident": seen.resident, "seconds": sum(seen.seconds[1:]) / len(seen.seconds[1:])}
+
+
+def alone(case: str) -> dict[str, Any]:
+    """A case in a process of its own, larger, for its resident set."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--resident", "--only", case], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
+    lines = [
+        f"## The plan against the run, {datetime.date.today()}",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, no GPU; torch {version('torch')}, transformers "
+        f"{version('transformers')}.",
+        f"Random weights, Llama's architecture, {MODEL['num_hidden_layers']} layers of {MODEL['hidden_size']}, "
+        f"{MODEL['vocab_size']:,} tokens; three steps; `posttrain plan` ran one layer.",
+        "Memory: the most of torch's allocator in the training loop, MiB. Time: of an optimizer step, the first left out.",
+        "",
+        "| case | at most in | planned | measured | ratio | planned s | measured s | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        a, b = each["planned"] / 2**20, each["measured"] / 2**20
+        lines.append(
+            f"| {each['case']} | {each['moment']} | {a:,.1f} | {b:,.1f} | {a / b:.2f} | {each['planned_seconds']:.2f} | "
+            f"{each['seconds']:.2f} | {each['planned_seconds'] / each['seconds']:.2f} |"
+        )
+    if larger:
+        lines += [
+            "",
+            f"The process's largest resident set in the training loop, {LARGER['num_hidden_layers']} layers of "
+            f"{LARGER['hidden_size']}, {LARGER['vocab_size']:,} tokens, GiB; planned: with what the process holds before.",
+            "",
+            "| case | planned | measured | ratio |",
+            "|---|---|---|---|",
+        ]
+        for each in larger:
+            a, b = (each["planned"] + each["process"]) / GIB, each["resident"] / GIB
+            lines.append(f"| {each['case']} | {a:.2f} | {b:.2f} | {a / b:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(CASES), help="cases, by name")
+    parser.add_argument("--resident", action="store_true", help="one case, larger: prints a line of JSON")
+    parser.add_argument("--larger", nargs="*", default=["sft", "sft, bf16", "lora, bf16"], help="cases for --resident")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        os.environ["XDG_CACHE_HOME"] = scratch
+        if options.resident:
+            print(json.dumps(measure(options.only[0], LARGER, resident=True)))
+            return
+        found = []
+        for case in options.only:
+            found.append(measure(case, MODEL))
+            told = found[-1]
+            print(f"{case:36}planned {told['planned']:>12,} measured {told['measured']:>12,} "
+                  f"{told['planned'] / told['measured']:.3f} in {told['moment']}, seconds {told['planned_seconds']:.2f} "
+                  f"{told['seconds']:.2f}", file=sys.stderr, flush=True)  # fmt: skip
+        larger = [alone(case) for case in options.larger]
+    text = section(found, larger)
+    write("plan", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
