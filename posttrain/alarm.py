@@ -86,9 +86,9 @@ class Alarm:
         finally:
             limit.cancel()
 
-    def linger(self) -> None:
-        """After `ring`, on rank 0: where it holds the store, the others must have heard before it goes."""
-        until = time.monotonic() + GRACE_S + 2 * POLL_S
+    def linger(self, lost: bool = False) -> None:
+        """After `ring`, on rank 0: where it holds the store, the others must have heard before it goes. lost: one never will."""
+        until = time.monotonic() + (4 * POLL_S if lost else GRACE_S + 2 * POLL_S)
         while self.rank == 0 and self.store.add("heard", 0) < self.world and time.monotonic() < until:
             time.sleep(POLL_S / 5)
 
@@ -141,7 +141,7 @@ class Alarm:
             )
             if self.ring(message) is None:
                 print(f"posttrain: error: {message}", file=sys.stderr, flush=True)
-            self.linger()
+            self.linger(lost=True)
             self._end(None)
 
     def _watch(self) -> None:

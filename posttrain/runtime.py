@@ -234,7 +234,7 @@ class Runtime:
                 f"rank {self.rank} on {socket.gethostname()} lost another rank, which ended, or was killed, without a word: its "
                 f"own output, or its machine's log, may say why ({said}); {AGAIN}"
             )
-            self._fail(lost)
+            self._fail(lost, lost=True)
             raise lost from error
         if closing:
             self.close()
@@ -247,8 +247,11 @@ class Runtime:
         atexit.unregister(_leave)
         atexit.register(_leave)
 
-    def _fail(self, error: Exception) -> None:
-        """Tell the other ranks, or the error that another rank told before; then leave, so that none waits for this one."""
+    def _fail(self, error: Exception, lost: bool = False) -> None:
+        """Tell the other ranks, or the error that another rank told before; then leave, so that none waits for this one.
+
+        lost: another is gone.
+        """
         if self.alarm:
             with suppress(ValueError):  # outside the main thread
                 # the launcher, which may see the same, would end this process before it has told its error
@@ -262,7 +265,7 @@ class Runtime:
             error.add_note(f"rank {first[0]} had failed before: {first[1]}")
         if self.device.type == "cpu":  # NCCL would wait for what is under way
             _leave()
-        self.alarm.linger()
+        self.alarm.linger(lost)
 
 
 def _leave() -> None:
