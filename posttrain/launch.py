@@ -39,11 +39,6 @@ def has_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     return "WORLD_SIZE" in environment or "RANK" in environment
 
 
-def is_ours() -> bool:
-    """Whether `launch` started this process."""
-    return _ours
-
-
 def launch(
     arguments: Sequence[str],
     processes: int,

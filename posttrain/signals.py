@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from posttrain.launch import is_ours
-
 ECHO_S = 1.0
 """A scheduler such as SLURM sends its signal to every process of a job: to the launcher, which passes it on, and to its ranks.
-The second within this time is the first one's echo there."""
+To a launcher's rank the second within this time is the first one's echo."""
 
 
 class StopRequest:
@@ -28,7 +27,7 @@ class StopRequest:
 
         def handle(number: int, frame: Any) -> None:
             if self.number:
-                if is_ours() and time.monotonic() - self.came < ECHO_S:
+                if "LOCAL_RANK" in os.environ and time.monotonic() - self.came < ECHO_S:
                     return
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
