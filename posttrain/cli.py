@@ -33,7 +33,9 @@ class Verb:
 SETTINGS = "[key=value ...]"
 VERBS = {
     "train": Verb("posttrain.train:train", SETTINGS, "train (what happens without a verb)"),
-    "plan": Verb("posttrain.tools.plan:plan", SETTINGS, "what would happen: data, steps, memory, time; loads no weights"),
+    "plan": Verb(
+        "posttrain.tools.plan:plan", SETTINGS, "what would happen: data, steps, memory, time; loads no weights"
+    ),
     "inspect": Verb(
         "posttrain.tools.inspect:inspect", SETTINGS, "examples as the model sees them, trained tokens marked"
     ),
