@@ -89,15 +89,24 @@ def _time(cfg: Config, found: Estimate, world: int) -> list[tuple[str, str]]:
         return [("time", f"not known: {found.measured}")]
     times = found.times
     step, whole = times.step, times.whole
-    rows = [("a step", f"{step.value:.2g} ± {step.spread:.1g} s, {times.tokens / step.value:,.0f} tokens/s")]
+    rows = [
+        ("a step", f"{_seconds(step.value)} ± {_seconds(step.spread, 1)} s, {times.tokens / step.value:,.0f} tokens/s")
+    ]
     if times.sampling.value:
-        rows.append(("sampling", f"at most {times.sampling.value:.2g} s an iteration, answers as long as they may be"))
+        rows.append(
+            ("sampling", f"at most {_seconds(times.sampling.value)} s an iteration, answers as long as they may be")
+        )
     if times.reference.value:
         rows.append(("reference pass", f"{clock(times.reference.value)}, once"))
     rows.append(("evaluation", f"{clock(times.evaluation.value)} each, {times.evaluations} of them"))
     without = "without loading, saving" + (" and what the ranks tell each other" if world > 1 else "")
     rows.append(("the run", f"{clock(whole.value)} ± {clock(whole.spread)}, {without}"))
     return [*rows, ("measured", found.measured)]
+
+
+def _seconds(value: float, digits: int = 2) -> str:
+    """So many digits that mean something, and no exponent."""
+    return f"{float(f'{value:.{digits}g}'):,g}"
 
 
 def _memory(cfg: Config, runtime: Runtime, found: Estimate, world: int) -> str:

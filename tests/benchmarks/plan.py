@@ -83,24 +83,24 @@ def overrides(case: str, model: dict[str, int]) -> list[str]:
     return [*given, *(f"model.config.{key}={value}" for key, value in model.items())]
 
 
-def planned(arguments: list[str]) -> Any:
-    """The plan's own estimate."""
+def planned(arguments: list[str]) -> dict[str, Any]:
+    """What `posttrain plan` says."""
+    import posttrain.tools.plan as tool
     from posttrain.config import resolve
-    from posttrain.planning import estimate as module
-    from posttrain.tools.plan import plan
+    from posttrain.planning.memory import peak
 
     found: list[Any] = []
-    kept = module.estimate
-    import posttrain.tools.plan as tool
-
-    tool.estimate = lambda *given: found.append(kept(*given)) or found[0]  # type: ignore[attr-defined,func-returns-value]
+    estimate = tool.estimate
+    tool.estimate = lambda *given: found.append(estimate(*given)) or found[0]  # type: ignore[attr-defined,func-returns-value]
     try:
-        plan(resolve(arguments, "plan"))
+        tool.plan(resolve(arguments, "plan"))
     finally:
-        tool.estimate = kept  # type: ignore[attr-defined]
+        tool.estimate = estimate  # type: ignore[attr-defined]
     if found[0].times is None:
         raise SystemExit(f"not measured: {found[0].measured}")
-    return found[0]
+    moment, size = peak(found[0].moments)
+    seconds, process = found[0].times.step.value, found[0].process
+    return {"moment": moment, "planned": size, "planned_seconds": seconds, "process": process}
 
 
 @contextmanager
@@ -147,37 +147,27 @@ def allocated(events: Any, window: list[int]) -> int:
     return most
 
 
-def measure(case: str, model: dict[str, int], resident: bool = False) -> dict[str, Any]:
+def measure(case: str) -> dict[str, Any]:
     """Planned and measured: bytes and seconds."""
     from torch.profiler import ProfilerActivity, profile
 
     from posttrain import run
-    from posttrain.planning.memory import peak
 
-    arguments = overrides(case, model)
-    plan = planned(arguments)
-    moment, size = peak(plan.moments)
-    found = {"case": case, "moment": moment, "planned": size, "planned_seconds": plan.times.step.value,
-             "process": plan.process}  # fmt: skip
-    with watching() as seen:
-        if resident:
-            run(arguments)
-        else:
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
-                run(arguments)
-            found["measured"] = allocated(records.profiler.kineto_results.events(), seen.window)
-    return found | {"resident": seen.resident, "seconds": sum(seen.seconds[1:]) / len(seen.seconds[1:])}
+    arguments = overrides(case, MODEL)
+    found = planned(arguments) | {"case": case}
+    with watching() as seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
+        run(arguments)
+    measured = allocated(records.profiler.kineto_results.events(), seen.window)
+    return found | {"measured": measured, "seconds": sum(seen.seconds[1:]) / len(seen.seconds[1:])}
 
 
 def alone(case: str) -> dict[str, Any]:
-    """A case in a process of its own, larger, for its resident set."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--resident", "--only", case], capture_output=True, text=True, check=False
-    )
+    """A case, larger, in a process of its own, for its resident set: what a plan has freed would stay with the process."""
+    command = [sys.executable, str(Path(__file__)), "--resident", case]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return planned(overrides(case, LARGER)) | {"case": case, "resident": int(done.stdout.split()[-1])}
 
 
 def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
@@ -217,23 +207,30 @@ def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(CASES), help="cases, by name")
-    parser.add_argument("--resident", action="store_true", help="one case, larger: prints a line of JSON")
-    parser.add_argument("--larger", nargs="*", default=["sft", "sft, bf16", "lora, bf16"], help="cases for --resident")
+    parser.add_argument("--larger", nargs="*", default=["sft", "lora", "dpo, shared"], help="cases of the resident set")
+    parser.add_argument("--resident", help="one case: prints its resident set in bytes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         os.environ["XDG_CACHE_HOME"] = scratch
         if options.resident:
-            print(json.dumps(measure(options.only[0], LARGER, resident=True)))
+            from posttrain import run
+
+            with watching() as seen:
+                run(overrides(options.resident, LARGER))
+            print(seen.resident)
             return
         found = []
         for case in options.only:
-            found.append(measure(case, MODEL))
+            found.append(measure(case))
             told = found[-1]
             print(f"{case:36}planned {told['planned']:>12,} measured {told['measured']:>12,} "
                   f"{told['planned'] / told['measured']:.3f} in {told['moment']}, seconds {told['planned_seconds']:.2f} "
                   f"{told['seconds']:.2f}", file=sys.stderr, flush=True)  # fmt: skip
-        larger = [alone(case) for case in options.larger]
+        larger = []
+        for case in options.larger:
+            larger.append(alone(case))
+            print(larger[-1], file=sys.stderr, flush=True)
     text = section(found, larger)
     write("plan", text)
     print(text)
