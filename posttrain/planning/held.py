@@ -39,6 +39,7 @@ def held_by(module: Decoder) -> Held:
         beside=sum(p.numel() for p in outside if p.requires_grad),
         layer=max(sizes, default=0),
         outside=sum(p.numel() for p in outside),
+        numbers=sum(p.numel() for p in module.parameters()),
     )
 
 

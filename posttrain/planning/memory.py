@@ -29,13 +29,14 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 @dataclass(frozen=True)
 class Held:
     """A network at rest. parameters: bytes; trained: numbers that train, `beside` of them outside the layers; layer: numbers of
-    its largest layer; outside: numbers outside the layers."""
+    its largest layer; outside: numbers outside the layers; numbers: all."""
 
     parameters: int
     trained: int
     beside: int = 0
     layer: int = 0
     outside: int = 0
+    numbers: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Run:
         if self.scoring:
             found["evaluation"] = self._at(between, {"output layer, loss": self.scoring, **self._gathered})
         if self.cache:
-            found["sampling"] = self._at(between, {"answers' cache": self.cache, "writing": self.sampling})
+            written = {"answers' cache": self.cache, "writing": self.sampling}
+            found["sampling"] = self._at(between, written | self._gathered_sampling)
         return found
 
     @property
@@ -128,8 +130,20 @@ class Run:
 
     @property
     def _gathered(self) -> Moment:
-        """The layer that computes and the next, and what is outside the layers, whole."""
-        whole = (2 * self.held.layer + self.held.outside) * self.compute if self.share.gathers else 0
+        """Whole weights: of the layer that computes and the next in the compute dtype, of what is outside in fp32."""
+        whole = 2 * self.held.layer * self.compute + 4 * self.held.outside if self.share.gathers else 0
+        return {"gathered weights": whole}
+
+    @property
+    def _gathered_backward(self) -> Moment:
+        """And whole gradients, of a layer also in the fp32 in which they are added up over the ranks."""
+        gradients = (self.compute + 4) * self.held.layer + 4 * self.held.beside if self.share.gathers else 0
+        return {"gathered weights": self._gathered["gathered weights"] + gradients}
+
+    @property
+    def _gathered_sampling(self) -> Moment:
+        """All weights, in the compute dtype: ranks write different numbers of tokens."""
+        whole = min(self.held.parameters, self.held.numbers * self.compute) if self.share.gathers else 0
         return {"gathered weights": whole}
 
     def _at(self, gradients: int, more: Moment) -> Moment:
@@ -170,8 +184,8 @@ class Run:
         # without earlier gradients those of what is outside the layers are among `end` already
         own = 0 if there else self.trained * self.held.beside
         last = {"activations": 0, "copies of weights": 0, "output layer, loss": self.outside.end}
-        choices = [self._at(there, head | self._gathered), self._at(there, layers | self._gathered)]
-        choices.append(self._at(max(0, grads - own), last | self._gathered))
+        choices = [self._at(there, head | self._gathered_backward), self._at(there, layers | self._gathered_backward)]
+        choices.append(self._at(max(0, grads - own), last | self._gathered_backward))
         return max(choices, key=total)
 
 

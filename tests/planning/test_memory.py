@@ -44,11 +44,16 @@ def test_checkpointing_keeps_outputs_and_one_layer() -> None:
 
 
 def test_sharded_over_four() -> None:
-    """A quarter of weights, gradients and averages; two whole layers and the rest come together in 2 bytes."""
-    gathered = (2 * 90 + 100) * 2
+    """A quarter of weights, gradients and averages; two whole layers come together in 2 bytes, the rest in 4."""
+    gathered = 2 * 90 * 2 + 100 * 4
     found = sums(replace(RUN, share=sharing("fsdp", 4), compute=2, frozen=(("reference", 4_000),)))
     assert found["forward"] == 4_000 + 1_000 + 1_000 + 90 + gathered  # no copies: the gathered weights are those
+    # a layer's gradients in 2 and in 4 bytes, 100 trained numbers outside in 4; the output layer's 150
+    assert found["backward"] == 5_000 + 1_000 + 150 + gathered + 6 * 90 + 4 * 100
     assert found["update"] == 4_000 + 1_000
+    held = replace(HELD, numbers=1_000)
+    writing = replace(RUN, held=held, share=sharing("fsdp", 4), compute=2, cache=10)
+    assert sums(writing)["sampling"] == 1_000 + 2_000 + 10 + 2_000  # all 1,000 numbers come together
     assert sums(replace(RUN, share=sharing("deepspeed", 4, zero_stage=3)))["update"] == 4_000
     assert sums(replace(RUN, share=sharing("deepspeed", 4, zero_stage=2)))["update"] == 4_000 + 1_000 + 2_000
     assert sums(replace(RUN, share=sharing("fsdp", 4, host=True)))["update"] == 0
