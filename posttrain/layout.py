@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,12 @@ def probe_critic(
     """A critic of its own reads the same batches: checked as a reward model is, which has the same forward pass."""
     config = critic.network.config
     known = hasattr(config, POOLING_KEY)
+    reader = RewardModel(critic.network)
+    if runtime.shards:  # its layers are gathered in the run's precision
+        reader.gathered_in = runtime.compute_dtype
     try:
-        return probe_layout(cfg, RewardModel(critic.network), prepared, groups, packing, runtime)[1]
+        with runtime.autocast() if runtime.shards else nullcontext():
+            return probe_layout(cfg, reader, prepared, groups, packing, runtime)[1]
     finally:
         if not known:
             delattr(config, POOLING_KEY)

@@ -149,7 +149,7 @@ class Reference:
 
     def _stored(self, key: str | None) -> np.ndarray | None:
         found = key is not None and cache.is_built(self._directory(key))
-        if key is None or not self.runtime.share(found):
+        if key is None or not all(self.runtime.gather([found])):  # data.cache may be each machine's own
             return None
         return np.load(self._directory(key) / "logprobs.npy", mmap_mode="r")
 

@@ -81,6 +81,15 @@ class _Saved:
             for name in file.keys():  # noqa: SIM118  # it is no dict
                 self.places.setdefault(name, []).append((first.get(name, 0), file))
 
+    def all_below(self, prefix: str) -> dict[str, Tensor]:
+        """Whole tensors whose names begin so, without that beginning."""
+        found: dict[str, Tensor] = {}
+        for name, parts in self.places.items():
+            if name.startswith(prefix):
+                rows = [file.get_tensor(name) for _, file in sorted(parts, key=lambda part: part[0])]
+                found[name.removeprefix(prefix)] = torch.cat(rows) if rows[0].ndim else rows[0]
+        return found
+
     def read(self, name: str, tensor: Tensor) -> None:
         """Fill the tensor, or this rank's rows of it."""
         if name not in self.places:

@@ -127,6 +127,11 @@ def _check_distribution(config: Config) -> None:
             f"model.frozen_device={config.model.frozen_device} with distribution={name}: a frozen network lies in parts on the "
             "ranks as the policy does; leave it device, and set distribution.cpu_offload=true for host memory"
         )
+    if name == "fsdp" and config.optim.name == "adamw_bf16" and config.model.critic is not None:
+        raise ConfigError(
+            f"model.critic={config.model.critic} trains in fp32, and optim=adamw_bf16 with distribution=fsdp gathers it beside "
+            "bf16 weights; set optim=adamw, or leave model.critic out (a head on the policy)"
+        )
     if name == "deepspeed":
         _check_zero(config)
 

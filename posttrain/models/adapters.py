@@ -161,7 +161,9 @@ def _load(model: PreTrainedModel, adapter: AdapterConfig) -> PeftModel:
         )
     try:
         if model.device.type == "meta":  # its shape alone: the weights come from rank 0
-            return get_peft_model(model, PeftConfig.from_pretrained(str(path), inference_mode=False))
+            config = PeftConfig.from_pretrained(str(path))
+            config.inference_mode = False  # peft saves true, and the file beats a keyword
+            return get_peft_model(model, config)
         return PeftModel.from_pretrained(model, str(path), is_trainable=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, quantization
 from posttrain.models.decoder import Decoder, text_decoder
 from posttrain.models.float8 import Float8, convert
-from posttrain.models.lineage import nonlinear, resolve_path
+from posttrain.models.lineage import SHARDS, nonlinear, resolve_path
 from posttrain.models.load import load_config, load_model, load_shape
 from posttrain.models.others import other_model, told_of
 from posttrain.models.policy import Policy, ValueModel, value_head
@@ -162,6 +162,10 @@ def load_critic(model: ModelConfig, seed: int, checkpointing: bool, shape_only: 
     """The model at model.critic in fp32: a reward model with its score layer, any other with one that begins at 0."""
     with told_of("model.critic"):
         own = other_model(model, model.critic)
+        if (
+            Path(resolve_path(own.path)).parent.parent / SHARDS
+        ).is_dir():  # CHECKPOINT/model/critic: read with the policy
+            own = replace(own, init="config")
         network: Any = _network(own, load_config(own), torch.float32, seed, None, True, shape_only)
         _freeze_towers(network)
         if checkpointing:

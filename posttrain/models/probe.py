@@ -114,9 +114,8 @@ def _scores(policy: RewardModel, groups: list[TokenGroup], device: torch.device,
     pad, config.pad_token_id = config.pad_token_id, None
     ones = [one for group in groups for one in group.each()]
     try:
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=not exact
-        ):  # its score layer may be wider than its states
+        half = torch.bfloat16 if exact else policy.computes_in
+        with torch.autocast(device.type, half, enabled=not exact):  # its score layer may be wider than its states
             rows = [torch.tensor([one.prompt + one.responses[0]], device=device) for one in ones]
             own = torch.cat([policy.own_logits(row) for row in rows]).squeeze(-1).float()
     finally:

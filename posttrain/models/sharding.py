@@ -1,7 +1,7 @@
 """A network whose weights lie in parts on the ranks: torch's fully_shard (FSDP2), applied to the bare module in place.
 
-Each decoder layer is gathered for its own forward and backward; what is left (norm, output layer, tied embedding, heads) for
-the whole pass. Layers are gathered in the run's precision, the rest in fp32: so residuals, norms' sums, log-probs and the
+Each decoder layer, and an embedding that is not tied, is gathered for its own forward and backward, in the run's precision; what
+is left (norm, output layer, tied embedding, heads) for the whole pass, in fp32: so residuals, norms' sums, log-probs and the
 gradient of the output layer are as precise as on one process. Gradients are reduced in fp32.
 
 A sharded module's weights can be read inside its `forward` and the methods of READERS alone, or under `gathered`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from posttrain.errors import ModelError
 from posttrain.models.decoder import Decoder
 
 READERS = ("read", "own_logits", "pooled")
@@ -43,6 +45,7 @@ def shard(module: Decoder, mesh: DeviceMesh, compute: torch.dtype, offload: bool
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    _check_alike(module)
     values = None if full else _values(module, mesh)
     policy: OffloadPolicy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -52,6 +55,8 @@ def shard(module: Decoder, mesh: DeviceMesh, compute: torch.dtype, offload: bool
     if (embedding := _own_embedding(module)) is not None:
         wide = MixedPrecisionPolicy(half, torch.float32, output_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(embedding, mesh=mesh, mp_policy=wide, offload_policy=policy)
+    if isinstance(head := getattr(module, "critic", None), nn.Linear):  # fp32 beside weights that may be bf16
+        fully_shard(head, mesh=mesh, mp_policy=exact, offload_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=exact, offload_policy=policy)
     if values is not None:
         _spread(module, values, mesh, torch.device("cpu") if offload else device)
@@ -138,6 +143,21 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def _check_alike(module: nn.Module) -> None:
+    """Ranks whose weights differ in kind would wait for each other, or read each other's bytes: told before."""
+    mine = [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            pairs = zip_longest(theirs, everyone[0])
+            here, there = next((a, b) for a, b in pairs if a != b)
+            raise ModelError(
+                f"distribution=fsdp: rank {rank} has other weights than rank 0 ({here} there, {there} on rank 0): this model's "
+                "shape does not tell what its files hold; use distribution=ddp"
+            )
 
 
 def _values(module: nn.Module, mesh: DeviceMesh) -> dict[str, Tensor]:

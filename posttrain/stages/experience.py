@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain import stats
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.tokens import Examples, TokenGroup
+from posttrain.models.sharding import is_sharded
 from posttrain.rollout import Generation, Request, Sampling
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ def _forwards(
     runtime, shared = supply.runtime, supply.packing.layout == "shared"
     parts_of = _by_prompt(range(len(groups)), stage.samples) if shared else [[i] for i in range(len(groups))]
     data = Examples([joined([groups[i] for i in part]) for part in parts_of] if shared else groups)
-    was_training, device = policy.training, next(policy.parameters()).device
+    was_training = policy.training
+    device = runtime.device if is_sharded(policy) else next(policy.parameters()).device  # parts may wait in host memory
     policy.eval()
     found: dict[str, list[Any]] = {}
     parts = []

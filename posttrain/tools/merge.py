@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from posttrain.checkpoint import reading
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, ModelError
 from posttrain.models.lineage import SHARDS, is_reward_model, lineage, nonlinear, resolve_path
+from posttrain.models.networks import CRITIC, CRITIC_HEAD
 from posttrain.models.reload import load_saved
 from posttrain.shards import read_weights
 
@@ -72,10 +74,14 @@ def join(checkpoint: Path, out: Path, dtype: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     auto: Any = AutoModelForSequenceClassification if is_reward_model(str(folder)) else AutoModelForCausalLM
     config = AutoConfig.from_pretrained(folder)
-    holder = torch.nn.Module()
+    holder: Any = torch.nn.Module()
     holder.model = network = auto.from_config(config, dtype=torch.float32)
+    if own_critic := (folder / CRITIC / "config.json").is_file():
+        holder.critic = torch.nn.Module()
+        config = AutoConfig.from_pretrained(folder / CRITIC)
+        holder.critic.model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     with reading(checkpoint, SHARDS):
-        read_weights(checkpoint / SHARDS, holder)
+        head = read_weights(checkpoint / SHARDS, holder).all_below("weights.critic.")
     if dtype != "auto":
         network.to(getattr(torch, dtype))
     if (folder / "generation_config.json").is_file():
@@ -83,6 +89,12 @@ def join(checkpoint: Path, out: Path, dtype: str) -> None:
     with writing(out, "give another OUT"), whole_directory(out, out.with_name(f".{out.name}.tmp")) as scratch:
         network.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
+        if own_critic:
+            holder.critic.model.save_pretrained(scratch / CRITIC)
+            tokenizer.save_pretrained(scratch / CRITIC)
+        elif head:
+            (scratch / CRITIC).mkdir()
+            save_file(head, scratch / CRITIC / CRITIC_HEAD)
     files = len(list((checkpoint / SHARDS).iterdir()))
     print(f"put the {files} parts of {checkpoint} together: {out}")
 
