@@ -112,9 +112,8 @@ def test_half_precision_and_adapters(posttrain_process: Run, options: list[str])
     ddp = posttrain_process(*common, "run.dir=ddp", ranks=2)
     assert ddp["statuses"] == [0, 0], ddp["output"]
     assert losses("fsdp") == pytest.approx(losses("ddp"), rel=0.05)
-    scored = posttrain_process(
-        "model.path=fsdp", "precision=bf16", "train.steps=", "optim.lr=", "run.dir=again", verb="eval"
-    )
+    same = ["model.path=fsdp", "precision=bf16", "data.eval=embedded:prompt_completion:20:held_out", "run.dir=again"]
+    scored = posttrain_process(*same, "train.steps=", "optim.lr=", verb="eval")
     assert scored["status"] == 0, scored["output"]
     end, again = (
         json.loads(Path(f"{run}/summary.json").read_text())["metrics"]["nll"]["value"] for run in ("fsdp", "again")
@@ -123,11 +122,53 @@ def test_half_precision_and_adapters(posttrain_process: Run, options: list[str])
     assert len(Path("fsdp/samples.jsonl").read_text().splitlines()) == 4
 
 
+ADAPTED = {
+    "reward lora": ["stage=reward", "adapter=lora", "data.train=embedded:pairs:60", "data.eval=embedded:pairs:20:held_out"],
+    "bottleneck": ["adapter=bottleneck", "adapter.width=8"],
+    "its own critic": ["stage=ppo", "model.critic=embedded", "stage.samples=2", "stage.max_new_tokens=4", "stage.epochs=1",
+                       "data.train=embedded:prompts:60", "data.eval=embedded:prompts:10:held_out"],
+}  # fmt: skip
+"""What is built in another way on a rank that reads no weights, and again in another way when a run goes on."""
+
+
+@pytest.mark.parametrize("what", ADAPTED)
+def test_what_is_beside_the_policy_goes_on(posttrain_process: Run, what: str) -> None:
+    options = [*SPLIT, *ADAPTED[what], "train.steps=4", "schedule=constant", FSDP]
+    first = posttrain_process(*options, "run.dir=whole", ranks=2)
+    assert first["statuses"] == [0, 0], first["output"]
+    shutil.copytree("whole", "r")
+    for late in ("model", "checkpoints/step-000004"):
+        shutil.rmtree(Path("r") / late)
+    Path("r/summary.json").unlink()
+    again = posttrain_process(*options, "run.dir=r", ranks=2)
+    assert again["statuses"] == [0, 0], again["output"]
+    assert "continues at step 2" in again["output"]
+    assert losses("r") == pytest.approx(losses("whole"), rel=LOSSES, abs=LOSSES)
+
+
+SAMPLED = ["stage=ppo", *ADAPTED["its own critic"][2:]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["precision=fp16", *ADAPTED["reward lora"][:1], *ADAPTED["reward lora"][2:]],
+        ["precision=bf16", *SAMPLED, "model.critic=embedded"],
+        ["precision=bf16", *SAMPLED, "optim=adamw_bf16", "model.dtype=bfloat16"],
+    ],
+    ids=["fp16 scores", "a critic in bf16", "a value head beside bf16 weights"],
+)
+def test_precisions_meet(posttrain_process: Run, options: list[str]) -> None:
+    done = posttrain_process(*options, FSDP, "train.steps=1", "schedule=constant", "run.dir=r")
+    assert done["status"] == 0, done["output"]
+
+
 def test_a_checkpoint_in_parts_is_put_together(posttrain_process: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The last checkpoint has the final weights; given as a model it says what to do."""
     for stage, data in (
         ("sft", []),
-        ("reward", ["data.train=embedded:pairs:60", "data.eval=embedded:pairs:20:held_out"]),
+        ("reward", ADAPTED["reward lora"][2:]),
+        ("ppo", ADAPTED["its own critic"][2:]),
     ):
         done = posttrain_process(*SPLIT, FSDP, f"stage={stage}", *data, "train.steps=2", f"run.dir={stage}", ranks=2)
         assert done["statuses"] == [0, 0], done["output"]
@@ -136,6 +177,8 @@ def test_a_checkpoint_in_parts_is_put_together(posttrain_process: Run, capsys: p
         whole, last = (load_file(f"{folder}/model.safetensors") for folder in (f"{stage}-whole", f"{stage}/model"))
         assert whole.keys() == last.keys()
         assert all(torch.equal(whole[name], last[name]) for name in last)
+    heads = [load_file(f"{folder}/critic/value_head.safetensors") for folder in ("ppo-whole", "ppo/model")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in ("weight", "bias"))
     with pytest.raises(ModelError, match="posttrain merge sft/checkpoints/step-000002 OUT"):
         load_saved("sft/checkpoints/step-000002/model")
 

@@ -104,8 +104,8 @@ MOMENTS = {
     "while evaluating": ("posttrain.evaluate:Evaluator._summarise", 3, "before"),
     "after the records, before their line": ("posttrain.report.logbook:write_records", 3, "after"),
     "after the line, before the checkpoint": ("posttrain.train:Trainer._look", 2, "after"),
-    "before a checkpoint's weights": ("posttrain.train:save_model", 2, "before"),
-    "after a checkpoint's weights": ("posttrain.train:save_model", 2, "after"),
+    "before a checkpoint's weights": ("posttrain.saving:save_model", 2, "before"),
+    "after a checkpoint's weights": ("posttrain.saving:save_model", 2, "after"),
     "between its files": ("torch:save", 4, "after"),
     "while it is flushed": ("os:fsync", 20, "before"),
     "before it gets its name": ("posttrain.disk:remove", 3, "after"),
@@ -113,7 +113,7 @@ MOMENTS = {
     "while rotating": ("shutil:rmtree", 8, "before"),
     "after rotating": ("posttrain.checkpoint:rotate", 4, "after"),
     "after the last checkpoint": ("posttrain.checkpoint:rotate", 5, "after"),
-    "while the final model is written": ("posttrain.train:save_model", 6, "before"),
+    "while the final model is written": ("posttrain.train:save_model", 1, "before"),
     "before the summary": ("posttrain.train:write_json", 1, "before"),
 }
 FEWER = ("in a step", "after the records, before their line", "between its files", "between its name and the rotation",
@@ -204,7 +204,7 @@ def test_the_best_is_saved_when_it_is_found(posttrain_process: Run, whole: Path)
     best = [line["step"] for line in log(expected) if line["split"] == "eval"][1:]
     assert best == [3, 6, 9]
     options = [*STAGES["sft smoothed"], "train.keep_checkpoints=99"]
-    killed = posttrain_process(*options, "run.dir=r", die=("posttrain.train:save_model", 2, "before"))
+    killed = posttrain_process(*options, "run.dir=r", die=("posttrain.saving:save_model", 2, "before"))
     assert killed["status"] == -signal.SIGKILL
     assert [p.name for p in Path("r/checkpoints").glob("step-*")] == ["step-000002"]
     assert posttrain_process(*options, "run.dir=r")["status"] == 0
