@@ -361,7 +361,7 @@ def test_a_second_signal_stops_at_once(posttrain_process: Run, whole: Path) -> N
     expected = uninterrupted(whole, posttrain_process, "sft")
     twice = [
         ("posttrain.train:Trainer._check_finite", 5, signal.SIGTERM),
-        ("posttrain.train:save_model", 3, signal.SIGTERM),
+        ("posttrain.saving:save_model", 3, signal.SIGTERM),
     ]
     killed = posttrain_process(*STAGES["sft"], "run.dir=r", send=twice)
     assert killed["status"] == -signal.SIGTERM, killed["output"]
