@@ -180,3 +180,11 @@ def broken(**changed: Any) -> dict[str, Any]:
 def test_errors_say_what_is_wrong(columns: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         stats.summarise(columns, [1, 2])
+
+
+def test_nothing_to_score_is_none() -> None:
+    for examples in (0, 40):
+        columns = stats.fine_bins([], [], [], examples)
+        assert len(columns["bin_at"]) == examples
+        found = stats.summarise(columns, range(examples))
+        assert found["ece_equal_mass"].value is found["ece"].value is found["ece_equal_mass_noise_floor"].value is None
