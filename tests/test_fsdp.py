@@ -112,7 +112,10 @@ def test_half_precision_and_adapters(posttrain_process: Run, options: list[str])
     ddp = posttrain_process(*common, "run.dir=ddp", ranks=2)
     assert ddp["statuses"] == [0, 0], ddp["output"]
     assert losses("fsdp") == pytest.approx(losses("ddp"), rel=0.05)
-    same = ["model.path=fsdp", "precision=bf16", "data.eval=embedded:prompt_completion:20:held_out", "run.dir=again"]
+    how = (
+        ["adapter=qlora", "adapter.path=fsdp/model"] if "stage=qlora" in options else ["model.path=fsdp"]
+    )  # over 4 bits
+    same = [*how, "precision=bf16", "data.eval=embedded:prompt_completion:20:held_out", "run.dir=again"]
     scored = posttrain_process(*same, "train.steps=", "optim.lr=", verb="eval")
     assert scored["status"] == 0, scored["output"]
     end, again = (
