@@ -153,7 +153,12 @@ def _load(model: PreTrainedModel, adapter: AdapterConfig) -> PeftModel:
     path = Path(str(adapter.path)).expanduser()
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"adapter.path={adapter.path} holds no adapter_config.json; give a directory that peft saved")
-    kind = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    try:
+        kind = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"adapter.path={adapter.path} cannot be read: {error}; give a directory that peft saved"
+        ) from error
     if (kind == NONLINEAR) != (adapter.name == "bottleneck"):
         fitting = "bottleneck" if kind == NONLINEAR else "lora (or qlora)"
         raise ModelError(
