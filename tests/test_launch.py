@@ -192,7 +192,7 @@ def test_it_is_stopped_goes_on_and_gives_what_one_process_does(posttrain_process
     assert not Path("two/summary.json").exists()
     done = posttrain_process(*two, launches=True)
     assert done["status"] == 0, done["output"]
-    assert "2 processes (DDP)" in done["output"]
+    assert "2 processes (DDP, gloo)" in done["output"]
     assert "continues at step" in done["output"]
     run(*options, "run.dir=one")
     assert losses("two") == pytest.approx(losses("one"), rel=LOSSES, abs=LOSSES)

@@ -111,8 +111,10 @@ def test_other_data_on_a_rank(posttrain_process: Run, tmp_path: Path) -> None:
     assert "CPU (1 threads), fp32, 2 processes (DDP, gloo)" in same["output"]
 
 
-def waited(output: str, rank: int, port: str = "") -> None:
-    assert f"posttrain: error: rank {rank} of 2 on {socket.gethostname()} has waited 3 s for the first sum" in output
+def waited(output: str, ranks: tuple[int, ...], port: str = "") -> None:
+    """One of `ranks` said so."""
+    who = [f"posttrain: error: rank {rank} of 2 on {socket.gethostname()} has waited 3 s for the first sum" for rank in ranks]
+    assert any(line in output for line in who), output
     assert f"Their store is at 127.0.0.1:{port}" in output
     assert "NCCL_SOCKET_IFNAME=unset, GLOO_SOCKET_IFNAME=unset" in output
     assert "distribution.connect_seconds gives it longer" in output
@@ -128,7 +130,7 @@ def test_a_rank_that_never_comes(posttrain_process: Run) -> None:
         done = posttrain_process("distribution.connect_seconds=3", "run.dir=r", each=[{"environment": environment}])
         assert done["status"] == 1, done["output"]
         assert done["seconds"] < 20
-        waited(done["output"], rank, port)
+        waited(done["output"], (rank,), port)
         assert not Path("r").exists()
 
 
@@ -137,7 +139,7 @@ def test_a_rank_that_joins_but_is_late_for_the_first_sum(posttrain_process: Run)
     done = posttrain_process(*options, ranks=2, on_rank=1, hang="posttrain.runtime:Runtime.global_sum")
     assert done["statuses"] == [1, 1], done["output"]
     assert done["seconds"] < 20
-    waited(done["output"], 0)
+    waited(done["output"], (0, 1))  # whose clock ran out first; the other may only have lost its connection
 
 
 def test_a_rank_that_dies_before_the_first_sum(posttrain_process: Run) -> None:

@@ -52,7 +52,7 @@ def test_two_nodes_are_one_run_that_is_stopped_requeued_and_goes_on(job: Callabl
 
     status, said = ours.run(*settings)
     assert status == 0, said
-    assert "2 processes (DDP)" in said
+    assert "2 processes (DDP, gloo)" in said
     assert f"continues at step {step}" in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 61))

@@ -14,7 +14,7 @@ from posttrain.config import resolve
 from posttrain.layout import packing_of
 from posttrain.models.embedded import DIRECTORY
 from posttrain.models.load import load_tokenizer
-from posttrain.models.networks import build_network, shape_network
+from posttrain.models.networks import build_network
 from posttrain.planning.calibrate import Calibration
 from posttrain.planning.estimate import Estimate, estimate
 from posttrain.planning.memory import cache_bytes, peak
@@ -33,7 +33,9 @@ def planned(*overrides: str) -> tuple[Estimate, Any, Any]:
     prepared = prepare_data(cfg, load_tokenizer(cfg.model), runtime)
     loader = open_loader(cfg, prepared, packing_of(cfg, "cpu", prepared))
     head, critic = cfg.stage.head(set()), cfg.stage.needs_critic
-    module, _ = shape_network(cfg.model, cfg.adapter, runtime.compute_dtype, 0, head, critic)
+    module, _ = build_network(
+        cfg.model, cfg.adapter, runtime.compute_dtype, 0, head=head, critic=critic, shape_only=True
+    )
     return estimate(cfg, runtime, prepared, loader, module, count_steps(cfg, loader)[0]), cfg, runtime
 
 
@@ -80,7 +82,7 @@ def test_the_answers_cache() -> None:
     """2·layers·kv_heads·head_dim·4 bytes a token of the longest batch, and one layer's again while it grows."""
     cfg = resolve(small_arguments("stage=ppo", "data.train=embedded:prompts:50", "stage.rewards=[exact]"), "plan")
     runtime = Runtime("fp32", "single")
-    module, _ = shape_network(cfg.model, cfg.adapter, torch.float32, 0, None, True)
+    module, _ = build_network(cfg.model, cfg.adapter, torch.float32, 0, critic=True, shape_only=True)
     config: Any = module.network.config
     head_dim = config.hidden_size // config.num_attention_heads
     calibration = Calibration(Skeleton(module, runtime.device), cfg.stage, runtime)
@@ -103,7 +105,7 @@ def test_layers_of_two_kinds() -> None:
     found, cfg, runtime = planned("model.path=two")
     assert found.times is not None, found.measured
     assert "2 of 3 layers" in found.measured
-    module, _ = shape_network(cfg.model, cfg.adapter, torch.float32, 0)
+    module, _ = build_network(cfg.model, cfg.adapter, torch.float32, 0, shape_only=True)
     assert [kind.count for kind in Skeleton(module, runtime.device).kinds] == [2, 1]
 
 
@@ -111,7 +113,7 @@ def test_a_skeletons_layer_is_the_models() -> None:
     """With the same numbers and as many layers as the model has, one, it gives the model's own states."""
     cfg = resolve(small_arguments("model.init=config", "model.config.num_hidden_layers=1"), "plan")
     whole, _ = build_network(cfg.model, cfg.adapter, torch.float32, 0)
-    shape, _ = shape_network(cfg.model, cfg.adapter, torch.float32, 0)
+    shape, _ = build_network(cfg.model, cfg.adapter, torch.float32, 0, shape_only=True)
     skeleton = Skeleton(shape, torch.device("cpu"))
     ids = torch.arange(3, 12)[None]
     with skeleton.real(skeleton.kinds[0]), torch.no_grad():
