@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types checks bench bench-preferences bench-rollouts bench-plan wheel clean
+.PHONY: demo test test-long lint types checks bench bench-preferences bench-rollouts bench-plan wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not long"
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -18,7 +21,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-checks: lint types test
+checks: lint types test test-long
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ def smollm2() -> str:
     return str(directory)
 
 
+@pytest.fixture(scope="session")
+def shallow_smollm2(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its first layers, with its vocabulary, its template and its special tokens: a tenth of the time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, layers = AutoModelForCausalLM.from_pretrained(smollm2, dtype="auto"), 3
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
+    directory = tmp_path_factory.mktemp("shallow")
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
+    return str(directory)
+
+
 @pytest.fixture
 def mixture() -> None:
     """`mixture`: a tiny mixture of experts, its config and tokenizer without weights (model.init=config)."""
@@ -104,6 +118,11 @@ SMALL = {
     "data.max_length": "64", "optim.lr": "1e-4", "log.report": "false",
 }  # fmt: skip
 """The settings of `run`, for those who need them as arguments. It evaluates and saves at its end."""
+
+
+def long_but(names: Iterable[str], *quick: str) -> list[Any]:
+    """Parameters of a test that is one of the long ones but for these."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.long) for name in names]
 
 
 def small_arguments(*overrides: str) -> list[str]:

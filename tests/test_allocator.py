@@ -35,6 +35,7 @@ def faults(environment: dict[str, str]) -> tuple[str, int, int]:
     return kept, before, after
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc has no such setting")
 def test_freed_memory_is_used_again() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

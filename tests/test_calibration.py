@@ -1,8 +1,8 @@
 """The temperature of tokens: fitted without keeping logits, to what fitting on all logits gives; and what is done with it."""
 
+import io
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -186,14 +186,15 @@ def test_at_a_bound_it_is_not_to_be_used() -> None:
     assert usable({}) is None
 
 
-def test_chat_takes_it(run: Run) -> None:
+def test_chat_takes_it(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     summary = run("run.dir=r")
+    capsys.readouterr()
     fitted = fitted_temperature("r")
     assert fitted is not None
     assert fitted.value == summary.metrics["temperature"]["value"]
-    command = [sys.executable, "-m", "posttrain", "chat", "r", "--temperature", "fitted"]
-    told = subprocess.run(command, input="12+13=\n", capture_output=True, text=True, check=True)
-    assert told.stdout.strip()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12+13=\n"))
+    chat(["r", "--temperature", "fitted"])
+    assert capsys.readouterr().out.strip()
     Path("r/model/temperature.json").unlink()
     with pytest.raises(ConfigError, match="no temperature was fitted to the tokens of r"):
         chat(["r", "--temperature", "fitted"])

@@ -150,23 +150,25 @@ REAL = [*OURS, "batch.size=2", "train.steps=3", "data.train=rows.json", "data.ev
         "data.eval=embedded:pairs:1:held_out", "data.max_length=512", "optim.lr=1e-5"]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("no_checkpoints")
-def test_dpo_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
-    expected = dpo_of_trl(smollm2, chats(shared, smollm2, 6), 1e-5, **FEW)
-    run("stage=dpo", f"model.path={smollm2}", *REAL, "run.dir=r")
+def test_dpo_losses_on_a_real_model_are_those_of_trl(run: Run, shallow_smollm2: str, shared: Path) -> None:
+    expected = dpo_of_trl(shallow_smollm2, chats(shared, shallow_smollm2, 6), 1e-5, **FEW)
+    run("stage=dpo", f"model.path={shallow_smollm2}", *REAL, "run.dir=r")
     found = train_log("r")
     assert len(expected) == 3
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("no_checkpoints")
-def test_reward_losses_on_a_real_model_are_those_of_trl(run: Run, smollm2: str, shared: Path) -> None:
-    scored(smollm2, "start", pad="<empty_output>")
-    expected = reward_of_trl("start", chats(shared, smollm2, 6), 1e-5, **FEW)
+def test_reward_losses_on_a_real_model_are_those_of_trl(run: Run, shallow_smollm2: str, shared: Path) -> None:
+    scored(shallow_smollm2, "start", pad="<empty_output>")
+    expected = reward_of_trl("start", chats(shared, shallow_smollm2, 6), 1e-5, **FEW)
     run("stage=reward", "model.path=start", *REAL, "run.dir=r")
     found = train_log("r")
     assert len(expected) == 3

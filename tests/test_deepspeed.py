@@ -37,6 +37,7 @@ def cut_short(run_dir: str, copy: str) -> None:
     (Path(copy) / "summary.json").unlink()
 
 
+@pytest.mark.long
 @needs_deepspeed
 def test_two_ranks_give_what_one_process_does_and_each_goes_on_from_the_other(run: Run) -> None:
     """max_grad_norm is below the gradients of every step, so that DeepSpeed's own clipping is at work."""

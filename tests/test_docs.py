@@ -237,6 +237,7 @@ def _files(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- README ---
 
 
+@pytest.mark.long
 def test_the_commands_of_the_readme() -> None:
     found = list(commands(README))
     assert {c.words[0] for c in found} == set(PROGRAMS) - {"cp"}
@@ -264,6 +265,7 @@ def test_the_errors_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == said
 
 
+@pytest.mark.long
 def test_the_table_of_scores_has_every_stages_scores() -> None:
     kinds = {"sft": "prompt_completion", "dpo": "pairs", "gpro": "groups", "reward": "groups", "ppo": "prompts"}
     given = set()
@@ -288,6 +290,7 @@ def test_the_table_of_scores_has_every_stages_scores() -> None:
     assert {name for cell in cells for name in cell.split(", ")} == given
 
 
+@pytest.mark.long
 def test_the_demo_of_the_readme() -> None:
     """Its table is what the demo gives (another machine's rounding apart), and the table of scores has all its scores."""
     summary = posttrain.run(["run.dir=demo", "train.eval_every=1000", "eval.resamples=1000"])  # neither changes a value
@@ -380,6 +383,7 @@ def test_the_stage_of_contributing_trains(monkeypatch: pytest.MonkeyPatch) -> No
 # --- recipes ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_recipe(recipe: Path) -> None:
     """Its header says what the recipe needs, and its commands work."""

@@ -58,6 +58,7 @@ def test_two_ranks_one_and_two_again(posttrain_process: Run) -> None:
         assert_same_weights(run, "whole", WEIGHTS)
 
 
+@pytest.mark.long
 def test_four_ranks(posttrain_process: Run) -> None:
     """7 examples on 4 ranks: shares differ, and in evaluation some have none."""
     common = [*SPLIT, "data.eval=embedded:prompt_completion:5:held_out", "train.steps=3"]
@@ -101,6 +102,7 @@ def test_rows_of_any_rank_are_found(tmp_path: Path) -> None:
         _Saved(tmp_path).read("other", into)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [["stage=sft"], ["stage=lora", "train.gradient_checkpointing=true"], ["stage=qlora"]], ids=" ".join
 )
@@ -134,6 +136,7 @@ ADAPTED = {
 """What is built in another way on a rank that reads no weights, and again in another way when a run goes on."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ADAPTED)
 def test_what_is_beside_the_policy_goes_on(posttrain_process: Run, what: str) -> None:
     options = [*SPLIT, *ADAPTED[what], "train.steps=4", "schedule=constant", FSDP]

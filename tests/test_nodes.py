@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, small_arguments
 from test_train import LOSSES, STEADY, WEIGHTS, assert_same_weights, assert_weights_move, log, losses
 
+pytestmark = pytest.mark.long
 Run = Callable[..., Any]
 CABLE, STRAY = "cable0", "stray0"
 """Interfaces of each node: to the other one, and to nowhere, as where a firewall drops what is sent."""

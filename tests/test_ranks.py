@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, small_arguments
+from conftest import small_arguments
 from test_resume import STAGES as RESUMED
 from test_resume import assert_same_run
 from test_train import (
@@ -25,6 +25,7 @@ from test_train import (
     assert_weights_move,
     log,
     losses,
+    norms,
 )
 
 Run = Callable[..., Any]
@@ -56,54 +57,38 @@ def finish(process: subprocess.Popen[bytes], seconds: float = 200) -> tuple[int,
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """one/STAGE, ddp/STAGE, fsdp/STAGE: stages of the list by one process and by two ranks, made in one launch each."""
-    made = tmp_path_factory.mktemp("both")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Runs of one process, a folder each, made when first asked for."""
+    made = tmp_path_factory.mktemp("alone")
     yield made
-    shutil.rmtree(made)  # half a gigabyte
-
-
-def ran(both: Path, posttrain_process: Run) -> Path:
-    if (both / "done").exists():
-        return both
-    common = [*STEADY, "batch.size=7", "batch.micro_tokens=128"]
-    options = {name(stage): [*common, *options] for stage, options in STAGES.items()}
-    launched(both, options, "ddp")
-    launched(both, {name(stage): options[name(stage)] for stage in SHARDED}, "fsdp")
-    for stage, given in options.items():
-        done = posttrain_process(*given, f"run.dir={both}/one/{stage}")
-        assert done["status"] == 0, done["output"]
-    (both / "done").touch()
-    return both
-
-
-def launched(both: Path, options: dict[str, list[str]], how: str) -> None:
-    """These stages by two ranks that share the work so."""
-    more = ["train.save_every=10", f"distribution={how}"]
-    tasks = [["train", *small_arguments(*o, *more, f"run.dir={both}/{how}/{stage}")] for stage, o in options.items()]
-    Path("tasks.json").write_text(json.dumps(tasks))
-    status, said = finish(launch(str(ROOT / "tests" / "rank_runs.py"), "tasks.json"), 400)
-    assert status == 0, said
-    assert said.count(f"2 processes ({how.upper()}, gloo)") == len(options)
+    shutil.rmtree(made)
 
 
 SHARDED = ("sft", "lora", "pretrain", "dpo lora", "ipo of groups", "gpro", "reward", "ppo", "grpo", "mixture")
 """Stages that are run with weights in parts, too: between them all that gathers weights."""
 
+QUICK = (("sft", "ddp"), ("dpo", "ddp"), ("ppo", "ddp"), ("sft", "fsdp"), ("ppo", "fsdp"))
 
-def name(stage: str) -> str:
-    return stage.replace(" ", "-")
+
+def both_ways() -> list[Any]:
+    """(stage, ddp) of all and (stage, fsdp) of SHARDED."""
+    found = [*((stage, "ddp") for stage in STAGES), *((stage, "fsdp") for stage in SHARDED)]
+    return [pytest.param(*each, marks=() if each in QUICK else pytest.mark.long) for each in found]
 
 
 @pytest.mark.usefixtures("mixture")
-@pytest.mark.parametrize(("stage", "how"), [*((s, "ddp") for s in STAGES), *((s, "fsdp") for s in SHARDED)])
-def test_two_ranks_give_what_one_does(both: Path, posttrain_process: Run, stage: str, how: str) -> None:
+@pytest.mark.parametrize(("stage", "how"), both_ways())
+def test_two_ranks_give_what_one_does(alone: Path, run: Run, posttrain_process: Run, stage: str, how: str) -> None:
     """7 examples a step, so that the ranks' shares differ; few tokens a forward, so that both have some to evaluate."""
-    made = ran(both, posttrain_process)
-    one, two = (made / ranks / name(stage) for ranks in ("one", how))
+    options = [*STEADY, *STAGES[stage], "batch.size=7", "batch.micro_tokens=128"]
+    one, two = alone / stage.replace(" ", "-"), Path("two")
+    if not (one / "summary.json").exists():
+        run(*options, f"run.dir={one}")
+    done = posttrain_process(*options, "train.save_every=10", f"distribution={how}", "run.dir=two", ranks=2)
+    assert done["statuses"] == [0, 0], done["output"]
+    assert f"2 processes ({how.upper()}, gloo)" in done["output"]
     assert losses(two) == pytest.approx(losses(one), rel=LOSSES, abs=LOSSES)
-    norms = [[line["metrics"]["grad_norm"] for line in log(run) if line["split"] == "train"] for run in (one, two)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)  # AdamW would hide a gradient that is all too small alike
+    assert norms(two) == pytest.approx(norms(one), rel=1e-4)  # AdamW would hide a gradient that is all too small alike
     assert_same_weights(one, two, WEIGHTS)
     assert_weights_move(one)
     a, b = summary(one), summary(two)
@@ -162,6 +147,7 @@ def test_another_number_of_ranks_goes_on(posttrain_process: Run, before: int, af
     assert summary("r")["tokens"] == summary("whole")["tokens"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_finishes_the_step_and_saves(posttrain_process: Run, number: int) -> None:
     arguments = small_arguments("train.steps=100000", "train.eval_every=50000", "run.dir=r")
@@ -242,6 +228,7 @@ def test_a_mistake_that_all_ranks_meet_is_told_once(posttrain_process: Run) -> N
         assert not Path("r").exists()
 
 
+@pytest.mark.long
 def test_one_rank_under_a_launcher_is_a_plain_run(posttrain_process: Run, run: Run) -> None:
     """torchrun --nproc_per_node=1, with several forwards a step; warnings, too, would be errors."""
     options = ["train.steps=3", "batch.micro_size=3"]

@@ -118,7 +118,8 @@ MOMENTS = {
 }
 FEWER = ("in a step", "after the records, before their line", "between its files", "between its name and the rotation",
          "after the last checkpoint")  # fmt: skip
-"""The loop and the disk are the same for every stage: all moments for the first, these for the others."""
+"""The loop and the disk are the same for every stage: all moments for the first; of these the first, and one more by turns, for
+the others."""
 
 SAMPLING = {
     "while it samples": ("posttrain.stages.experience:token_columns", 3, "before"),
@@ -126,12 +127,11 @@ SAMPLING = {
 }
 """Of a stage that makes its own steps. Evaluations sample too."""
 
-ONE = ("in a step",)
-"""For what is saved and restored as lora is."""
-CASES = [
+CASES = [("sft", moment) for moment in MOMENTS]
+CASES += [
     (stage, moment)
-    for stage in STAGES
-    for moment in (MOMENTS if stage == "sft" else ONE if stage == "bottleneck" else FEWER)
+    for number, stage in enumerate(stage for stage in STAGES if stage != "sft")
+    for moment in (FEWER[0], FEWER[1 + number % (len(FEWER) - 1)])
 ]
 CASES += [("ppo", moment) for moment in SAMPLING]
 MOMENTS |= SAMPLING
@@ -186,7 +186,18 @@ def uninterrupted(whole: Path, posttrain_process: Run, stage: str) -> Path:
     return whole / stage
 
 
-@pytest.mark.parametrize(("stage", "moment"), CASES, ids=[f"{s}: {m}" for s, m in CASES])
+@pytest.mark.parametrize(
+    ("stage", "moment"),
+    [
+        pytest.param(
+            stage,
+            moment,
+            id=f"{stage}: {moment}",
+            marks=() if stage == "sft" or moment == FEWER[0] else pytest.mark.long,
+        )
+        for stage, moment in CASES
+    ],
+)
 def test_killed_and_started_again(posttrain_process: Run, whole: Path, stage: str, moment: str) -> None:
     expected = uninterrupted(whole, posttrain_process, stage)
     killed = posttrain_process(*STAGES[stage], "run.dir=r", die=MOMENTS[moment])
@@ -277,6 +288,7 @@ def test_tensorboard_goes_on_as_the_same_run(posttrain_process: Run) -> None:
     assert [step for step, _ in scalars[0]["train/loss"]] == [4, 8, 9]
 
 
+@pytest.mark.long
 def test_wandb_goes_on_as_the_same_run(posttrain_process: Run) -> None:
     options = [*STEPS, "log=wandb", "log.mode=offline"]
     killed = posttrain_process(*options, "run.dir=r", die=MOMENTS["after the line, before the checkpoint"])
@@ -332,6 +344,7 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
     raise AssertionError("".join(said))
 
 
+@pytest.mark.long
 def test_a_process_of_the_command_line_hears_a_signal() -> None:
     with command_line() as process:
         wait_for(process, "step 10/")
@@ -343,6 +356,7 @@ def test_a_process_of_the_command_line_hears_a_signal() -> None:
     assert int(saved.name[5:]) >= 10
 
 
+@pytest.mark.long
 def test_a_second_signal_to_it_stops_at_once() -> None:
     """In the middle of a step of minutes, which is neither finished nor saved."""
     with command_line("batch.size=20000", "batch.micro_size=1") as process:

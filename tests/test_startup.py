@@ -113,7 +113,10 @@ def test_other_data_on_a_rank(posttrain_process: Run, tmp_path: Path) -> None:
 
 def waited(output: str, ranks: tuple[int, ...], port: str = "") -> None:
     """One of `ranks` said so."""
-    who = [f"posttrain: error: rank {rank} of 2 on {socket.gethostname()} has waited 3 s for the first sum" for rank in ranks]
+    who = [
+        f"posttrain: error: rank {rank} of 2 on {socket.gethostname()} has waited 3 s for the first sum"
+        for rank in ranks
+    ]
     assert any(line in output for line in who), output
     assert f"Their store is at 127.0.0.1:{port}" in output
     assert "NCCL_SOCKET_IFNAME=unset, GLOO_SOCKET_IFNAME=unset" in output

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_arguments
+from conftest import long_but, small_arguments
 from safetensors.torch import load_file
 
 Run = Callable[..., Any]
@@ -57,6 +57,8 @@ SPLITS = {
     "shared": ["batch.layout=shared"],
     "shared, two forwards": ["batch.layout=shared", "batch.micro_size=4"],
 }
+BROAD = ("8x1", "packed, two forwards", "shared, two forwards")
+"""For stages that another one resembles."""
 PAIRS = ["data.train=embedded:pairs:200", "data.eval=embedded:pairs:20:held_out"]
 GROUPS = ["data.train=embedded:groups:200", "data.eval=embedded:groups:20:held_out"]
 SAMPLED = ["data.train=embedded:prompts:200", "data.eval=embedded:prompts:20:held_out", "stage.rewards=[exact]",
@@ -93,6 +95,7 @@ STAGES = {
     "mixture": ["model.path=mixture", "model.init=config", "stage.aux_weight=0.1"],
 }
 """What must not depend on how the work is split, nor on padding or ranks (tests/test_ranks.py). A new stage joins here."""
+EVERY_SPLIT = ("sft", "pretrain", "dpo", "gpro", "ppo")
 LOSSES, WEIGHTS, SCORES = 1e-5, 1e-6, 1e-6
 """Tolerances: relative (near zero absolute, for the terms of a loss may cancel), absolute, relative at the same weights."""
 
@@ -113,12 +116,13 @@ def lived_through(group: Any) -> Any:
 
 
 @pytest.mark.usefixtures("mixture")
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", long_but(STAGES, "sft", "dpo", "ppo"))
 def test_losses_and_weights_do_not_depend_on_the_split(run: Run, stage: str) -> None:
     options = [*STEADY, *STAGES[stage]]
     whole = run(*options, "run.dir=whole")
     assert_weights_move("whole")
-    for name, split in SPLITS.items():
+    for name in SPLITS if stage in EVERY_SPLIT else BROAD:
+        split = SPLITS[name]
         other = run(*options, "train.save_every=10", *split, f"run.dir={name.replace(' ', '-').replace(',', '')}")
         assert losses(other.run_dir) == pytest.approx(losses("whole"), rel=LOSSES, abs=LOSSES), name
         assert norms(other.run_dir) == pytest.approx(norms("whole"), rel=1e-4, abs=1e-7), name  # AdamW hides a scale
@@ -201,6 +205,7 @@ def test_a_streamed_run_of_one_rank_goes_on_with_two(run: Run, posttrain_process
     assert states[0]["stream"]["feeds"][0]["epoch"] > 0
 
 
+@pytest.mark.long
 def test_training_improves_and_the_interval_excludes_the_start(run: Run) -> None:
     summary = run(
         "train.steps=200", "batch.size=64", "optim.lr=5e-4", "train.log_every=20", "data.train=embedded:prompt_completion:4000",

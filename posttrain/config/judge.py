@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -46,6 +47,7 @@ def where(source: str) -> str:
     return "" if source in ("", "command line") else f" (in {source})"
 
 
+@functools.cache
 def hints(schema: type) -> dict[str, Any]:
     """Field name → type."""
     names = {f.name for f in dataclasses.fields(schema)}

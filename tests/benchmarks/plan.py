@@ -3,14 +3,15 @@
     make bench-plan
 
 Measured: every block that torch's allocator gives and takes back while the run trains, from the profiler's records, which the
-plan does not use; and with --resident, in a process of its own a case, the largest resident set of the training loop. Random
-weights, so that a case's size can be chosen; each case trains three steps.
+plan does not use; of the cases of two ranks on each of two processes; and of the larger cases the process's largest resident
+set. Random weights, so that a case's size can be chosen; each case trains three steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import re
@@ -28,6 +29,7 @@ from typing import Any
 from run import write
 
 GIB = 2**30
+MARK = "profiled: "
 MODEL = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8192,
@@ -65,6 +67,19 @@ CASES = {
 }
 """Name: overrides."""
 
+RANKS = 2
+SHARDED = {
+    "sft, ddp": [*SFT, "distribution=ddp"],
+    "sft, fsdp": [*SFT, "distribution=fsdp"],
+    "sft, fsdp, bf16": [*SFT, *BF16, "distribution=fsdp"],
+    "sft, fsdp, gradient checkpointing": [*SFT, "distribution=fsdp", "train.gradient_checkpointing=true"],
+    "lora, fsdp": ["stage=lora", *SFT[1:], "adapter.targets=all-linear", "distribution=fsdp"],
+    "dpo, shared, fsdp": [*CASES["dpo, shared"], "distribution=fsdp"],
+    "gpro, fsdp": [*CASES["gpro"], "distribution=fsdp"],
+    "ppo, fsdp": [*PPO, "distribution=fsdp"],
+}
+"""Of RANKS ranks."""
+
 
 @dataclass
 class Measured:
@@ -76,7 +91,7 @@ class Measured:
 
 
 def overrides(case: str, model: dict[str, int]) -> list[str]:
-    given = [*COMMON, *CASES[case]]
+    given = [*COMMON, *(CASES | SHARDED)[case], *([f"run.processes={RANKS}"] if case in SHARDED else [])]
     if "model.init=weights" in given:  # 4 bits are made of weights alone
         return given
     return [*given, *(f"model.config.{key}={value}" for key, value in model.items())]
@@ -146,18 +161,34 @@ def allocated(events: Any, window: list[int]) -> int:
     return most
 
 
-def measure(case: str) -> dict[str, Any]:
-    """Planned and measured: bytes and seconds."""
+def profiled(case: str) -> dict[str, Any]:
+    """Of one run in this process: the most bytes allocated, and the seconds of a step."""
     from torch.profiler import ProfilerActivity, profile
 
     from posttrain import run
 
-    arguments = overrides(case, MODEL)
-    found = planned(arguments) | {"case": case}
     with watching() as seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
-        run(arguments)
+        run(overrides(case, MODEL))
     measured = allocated(records.profiler.kineto_results.events(), seen.window)
-    return found | {"measured": measured, "seconds": sum(seen.seconds[1:]) / len(seen.seconds[1:])}
+    return {"measured": measured, "seconds": sum(seen.seconds[1:]) / len(seen.seconds[1:])}
+
+
+def measure(case: str) -> dict[str, Any]:
+    """Planned and measured: bytes and seconds."""
+    return planned(overrides(case, MODEL)) | {"case": case} | (on_ranks(case) if case in SHARDED else profiled(case))
+
+
+def on_ranks(case: str) -> dict[str, Any]:
+    """profiled() of the rank that holds most."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).resolve()), "--profiled", case],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+    told = [json.loads(line.partition(MARK)[2]) for line in done.stdout.splitlines() if MARK in line]
+    return max(told, key=lambda each: each["measured"])
 
 
 def alone(case: str) -> dict[str, Any]:
@@ -178,16 +209,19 @@ def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
         f"Random weights, Llama's architecture, {MODEL['num_hidden_layers']} layers of {MODEL['hidden_size']}, "
         f"{MODEL['vocab_size']:,} tokens; three steps; `posttrain plan` ran one layer.",
         "Memory: the most of torch's allocator in the training loop, MiB. Time: of an optimizer step, the first left out.",
+        f"Cases with ddp or fsdp: of the fuller of {RANKS} gloo ranks; their memory alone.",
         "",
         "| case | at most in | planned | measured | ratio | planned s | measured s | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in found:
         a, b = each["planned"] / 2**20, each["measured"] / 2**20
-        lines.append(
-            f"| {each['case']} | {each['moment']} | {a:,.1f} | {b:,.1f} | {a / b:.2f} | {each['planned_seconds']:.2f} | "
-            f"{each['seconds']:.2f} | {each['planned_seconds'] / each['seconds']:.2f} |"
-        )
+        row = f"| {each['case']} | {each['moment']} | {a:,.1f} | {b:,.1f} | {a / b:.2f} | "
+        if each["case"] in SHARDED:
+            lines.append(f"{row} – | – | – |")
+            continue
+        planned_s, seconds = each["planned_seconds"], each["seconds"]
+        lines.append(f"{row}{planned_s:.2f} | {seconds:.2f} | {planned_s / seconds:.2f} |")
     if larger:
         lines += [
             "",
@@ -205,10 +239,14 @@ def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(CASES), help="cases, by name")
+    parser.add_argument("--only", nargs="*", default=[*CASES, *SHARDED], help="cases, by name")
     parser.add_argument("--larger", nargs="*", default=["sft", "lora", "dpo, shared"], help="cases of the resident set")
+    parser.add_argument("--profiled", help="one case, run here: prints its bytes and seconds")
     parser.add_argument("--resident", help="one case: prints its resident set in bytes")
     options = parser.parse_args()
+    if options.profiled:  # where on_ranks has started it
+        print(MARK + json.dumps(profiled(options.profiled)), flush=True)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         os.environ["XDG_CACHE_HOME"] = scratch

@@ -256,6 +256,7 @@ def test_text_blocks_of_endless_text(tmp_path):
     assert [len(block) for block in blocks] == [17_000, 17_000, 16_000]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name):
     def peak(rows):

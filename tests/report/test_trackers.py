@@ -51,6 +51,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
             yield record
 
 
+@pytest.mark.long
 def test_wandb_holds_values_intervals_and_config(posttrain_process: Run) -> None:
     done = posttrain_process(*OPTIONS, "log=wandb", "log.mode=offline", "log.project=mine")
     assert done["status"] == 0, done["output"]

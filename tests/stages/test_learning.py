@@ -22,6 +22,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_it_learns_and_the_interval_excludes_the_start(case: str) -> None:
     options, score, least = CASES[case]

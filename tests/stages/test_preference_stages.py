@@ -177,6 +177,7 @@ def solve(loss_of, steps: int = 4000, lr: float = 0.05) -> list[float]:
     return logits.softmax(0).tolist()
 
 
+@pytest.mark.long
 def test_the_bandit_reaches_the_tilt_under_dual() -> None:
     ref, r = torch.tensor(PI_REF).double(), torch.tensor(REWARDS).double()
     u = (r / BETA).exp() / (ref * (r / BETA).exp()).sum()

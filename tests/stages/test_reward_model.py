@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from posttrain.data import embedded
 from posttrain.errors import ModelError
@@ -140,23 +140,13 @@ def test_a_reward_model_does_not_chat(run: Run) -> None:
         chat(["r"])
 
 
-def shallow(path: str, out: str, layers: int = 4) -> str:
-    """The first layers of a real model, with its vocabulary, its template and its special tokens."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype="auto"), AutoTokenizer.from_pretrained(path)
-    del model.model.layers[layers:]
-    model.config.num_hidden_layers = layers
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
-
-
 @pytest.mark.real
 @pytest.mark.usefixtures("no_checkpoints")
-def test_a_real_reward_model_reloads_with_the_same_scores(run: Run, smollm2: str, shared: Path) -> None:
+def test_a_real_reward_model_reloads_with_the_same_scores(run: Run, shallow_smollm2: str, shared: Path) -> None:
     """SmolLM2 pads with its end-of-turn token; its reward model must not."""
     rows = sorted((shared / "gsm8k_pairs.jsonl").read_text().splitlines(), key=len)[:12]
     Path("rows.jsonl").write_text("\n".join(rows))
-    run("stage=reward", f"model.path={shallow(smollm2, 'start')}", "data.train=rows.jsonl", "data.eval=rows.jsonl",
+    run("stage=reward", f"model.path={shallow_smollm2}", "data.train=rows.jsonl", "data.eval=rows.jsonl",
         "data.max_length=512", "batch.size=4", "train.steps=3", "optim.lr=1e-2", "run.dir=r")  # fmt: skip
     chosen, _ = our_scores("r", 3)
     assert chosen.std() > 0.1
