@@ -131,8 +131,8 @@ def test_the_first_losses_on_a_real_model_are_those_of_trl(run: Run, shallow_smo
         for r in rows
     ]
     theirs = trl_losses(shallow_smollm2, chats, lr=2e-5, steps=10, max_length=512, batch=2)
-    run(f"model.path={shallow_smollm2}", "data.train=rows.json", "data.eval_fraction=0", "data.shuffle=false", "schedule=constant",
-        "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "batch.size=2", "run.dir=ours",
+    run(f"model.path={shallow_smollm2}", "data.train=rows.json", "data.eval_fraction=0", "data.shuffle=false",
+        "schedule=constant", "data.max_length=512", "optim.lr=2e-5", "train.steps=10", "batch.size=2", "run.dir=ours",
         "data.eval=embedded:prompt_completion:1:held_out")  # fmt: skip
     assert train_losses("ours") == pytest.approx(theirs, rel=1e-3)
     assert len(theirs) == 10
