@@ -120,7 +120,7 @@ SMALL = {
 """The settings of `run`, for those who need them as arguments. It evaluates and saves at its end."""
 
 
-def long_but(names: Iterable[str], *quick: str) -> list[Any]:
+def long_but(names: Iterable[Any], *quick: Any) -> list[Any]:
     """Parameters of a test that is one of the long ones but for these."""
     return [pytest.param(name, marks=() if name in quick else pytest.mark.long) for name in names]
 

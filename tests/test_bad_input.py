@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_arguments
+from conftest import long_but, small_arguments
 
 from posttrain.cli import main
 from posttrain.models.embedded import DIRECTORY
@@ -342,7 +342,7 @@ def assert_told_and_intact(done: dict[str, Any], place: Path, full: str) -> int:
 OFTEN = ("train.steps=6", "train.save_every=1", "train.eval_every=3", "train.keep_checkpoints=9")
 
 
-@pytest.mark.parametrize("megabytes", [1, 4, 8, 12, 16, 22, 28])
+@pytest.mark.parametrize("megabytes", long_but((1, 4, 8, 12, 16, 22, 28), 4, 12, 22))
 def test_a_full_disk(posttrain_process: Run, disk: Callable[[int], Path], megabytes: int) -> None:
     """A checkpoint of this model has 10.4 MB: the disk is full at the first one's weights, at its optimizer, at later ones."""
     place = disk(megabytes) / "r"
@@ -355,7 +355,9 @@ def test_a_full_disk(posttrain_process: Run, disk: Callable[[int], Path], megaby
         assert "continues at step 2" in again["output"]
 
 
-@pytest.mark.parametrize("max_file_bytes", [0, 100, 1_000, 5_000, 20_000, 1_000_000, 4_000_000])
+@pytest.mark.parametrize(
+    "max_file_bytes", long_but((0, 100, 1_000, 5_000, 20_000, 1_000_000, 4_000_000), 0, 1_000, 1_000_000)
+)
 def test_writes_that_are_refused(posttrain_process: Run, max_file_bytes: int) -> None:
     """By size of file, from the first write of all to the optimizer's; no root needed."""
     assert posttrain_process("run.dir=warm", "train.steps=1")["status"] == 0  # the token cache is there

@@ -104,16 +104,24 @@ def test_rows_of_any_rank_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "options", [["stage=sft"], ["stage=lora", "train.gradient_checkpointing=true"], ["stage=qlora"]], ids=" ".join
+    "options",
+    [
+        ["stage=sft"],
+        ["stage=lora", "train.gradient_checkpointing=true"],
+        ["stage=lora", "adapter.dora=true", "optim.lr=1e-2"],
+        ["stage=qlora"],
+    ],
+    ids=" ".join,
 )
 def test_half_precision_and_adapters(posttrain_process: Run, options: list[str]) -> None:
-    """In bf16 the losses stay within its rounding of those of DDP; what is saved scores as it did at the end."""
+    """In bf16 the losses stay within its rounding of those of DDP, and under adapters, which stay in fp32, far closer; what is
+    saved scores as it did at the end."""
     common = [*SPLIT, *options, "precision=bf16", "train.steps=4", "eval.generate=4", "eval.max_new_tokens=4"]
     sharded = posttrain_process(*common, FSDP, "run.dir=fsdp", ranks=2)
     assert sharded["statuses"] == [0, 0], sharded["output"]
     ddp = posttrain_process(*common, "run.dir=ddp", ranks=2)
     assert ddp["statuses"] == [0, 0], ddp["output"]
-    assert losses("fsdp") == pytest.approx(losses("ddp"), rel=0.05)
+    assert losses("fsdp") == pytest.approx(losses("ddp"), rel=0.05 if options == ["stage=sft"] else 1e-4)
     how = (
         ["adapter=qlora", "adapter.path=fsdp/model"] if "stage=qlora" in options else ["model.path=fsdp"]
     )  # over 4 bits
@@ -169,6 +177,7 @@ def test_precisions_meet(posttrain_process: Run, options: list[str]) -> None:
     assert done["status"] == 0, done["output"]
 
 
+@pytest.mark.long
 def test_a_checkpoint_in_parts_is_put_together(posttrain_process: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The last checkpoint has the final weights; given as a model it says what to do."""
     for stage, data in (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_arguments
+from conftest import long_but, small_arguments
 from test_resume import STAGES as RESUMED
 from test_resume import assert_same_run
 from test_train import (
@@ -114,7 +114,7 @@ KILLED = {"in a step": ("posttrain.train:Trainer._check_finite", 6, "before"),
           "between a checkpoint's files": ("torch:save", 4, "after")}  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["sft", "lora"])
+@pytest.mark.parametrize("stage", long_but(("sft", "lora"), "sft"))
 def test_killed_together_and_started_again(posttrain_process: Run, stage: str) -> None:
     """As one process does, bit for bit; with dropout every rank has random numbers of its own."""
     options = RESUMED[stage]
@@ -173,7 +173,7 @@ def test_a_signal_to_the_launcher_finishes_the_step_and_saves(posttrain_process:
     assert not Path("r/summary.json").exists()
 
 
-@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("ranks", [*long_but(([0], [1])), [0, 1]])
 def test_a_signal_to_any_rank_stops_all_after_the_same_step(posttrain_process: Run, ranks: list[int]) -> None:
     send = [("posttrain.train:Trainer._check_finite", 5, signal.SIGTERM)]
     which = {} if len(ranks) == 2 else {"on_rank": ranks[0]}
@@ -195,7 +195,7 @@ FAILURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", long_but((0, 1), 1))
 @pytest.mark.parametrize("what", FAILURES)
 def test_an_error_on_one_rank_ends_all_and_is_the_one_told(posttrain_process: Run, what: str, rank: int) -> None:
     befalls, status, words = FAILURES[what]

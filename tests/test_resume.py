@@ -134,6 +134,8 @@ CASES += [
     for moment in (FEWER[0], FEWER[1 + number % (len(FEWER) - 1)])
 ]
 CASES += [("ppo", moment) for moment in SAMPLING]
+QUICK = [("sft", moment) for moment in (*FEWER, "before any checkpoint", "while it is flushed")]
+QUICK += [(stage, FEWER[0]) for stage in ("dpo", "ppo", "lora", "streaming")]
 MOMENTS |= SAMPLING
 
 
@@ -188,15 +190,7 @@ def uninterrupted(whole: Path, posttrain_process: Run, stage: str) -> Path:
 
 @pytest.mark.parametrize(
     ("stage", "moment"),
-    [
-        pytest.param(
-            stage,
-            moment,
-            id=f"{stage}: {moment}",
-            marks=() if stage == "sft" or moment == FEWER[0] else pytest.mark.long,
-        )
-        for stage, moment in CASES
-    ],
+    [pytest.param(s, m, id=f"{s}: {m}", marks=() if (s, m) in QUICK else pytest.mark.long) for s, m in CASES],
 )
 def test_killed_and_started_again(posttrain_process: Run, whole: Path, stage: str, moment: str) -> None:
     expected = uninterrupted(whole, posttrain_process, stage)
@@ -227,6 +221,7 @@ def test_the_best_is_saved_when_it_is_found(posttrain_process: Run, whole: Path)
     assert json.loads(Path("r/summary.json").read_text())["best_checkpoint"] == "r/checkpoints/step-000009"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_again_and_again_at_any_time(posttrain_process: Run, whole: Path, seed: int) -> None:
     expected = uninterrupted(whole, posttrain_process, "sft")

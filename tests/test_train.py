@@ -116,7 +116,7 @@ def lived_through(group: Any) -> Any:
 
 
 @pytest.mark.usefixtures("mixture")
-@pytest.mark.parametrize("stage", long_but(STAGES, "sft", "dpo", "ppo"))
+@pytest.mark.parametrize("stage", long_but(STAGES, "sft", "dpo"))
 def test_losses_and_weights_do_not_depend_on_the_split(run: Run, stage: str) -> None:
     options = [*STEADY, *STAGES[stage]]
     whole = run(*options, "run.dir=whole")

@@ -1,8 +1,9 @@
 """A network whose weights lie in parts on the ranks: torch's fully_shard (FSDP2), applied to the bare module in place.
 
-Each decoder layer, and an embedding that is not tied, is gathered for its own forward and backward, in the run's precision; what
-is left (norm, output layer, tied embedding, heads) for the whole pass, in fp32: so residuals, norms' sums, log-probs and the
-gradient of the output layer are as precise as on one process. Gradients are reduced in fp32.
+Each decoder layer, and an embedding that is not tied, is gathered for its own forward and backward, in the run's precision (an
+adapted layer as it is held: its base in 16 bits, its adapter in fp32); what is left (norm, output layer, tied embedding, heads)
+for the whole pass, in fp32: so residuals, norms' sums, log-probs and the gradient of the output layer are as precise as on one
+process. Gradients are reduced in fp32.
 
 A sharded module's weights can be read inside its `forward` and the methods of READERS alone, or under `gathered`.
 """
@@ -51,7 +52,9 @@ def shard(module: Decoder, mesh: DeviceMesh, compute: torch.dtype, offload: bool
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     low = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     for layer in layers_of(module):
-        fully_shard(layer, mesh=mesh, mp_policy=low, offload_policy=policy)
+        # under an adapter the base is in 16 bits already, and what trains is small: DoRA's magnitudes would round away
+        adapted = any(not parameter.requires_grad for parameter in layer.parameters())
+        fully_shard(layer, mesh=mesh, mp_policy=exact if adapted else low, offload_policy=policy)
     if (embedding := _own_embedding(module)) is not None:
         wide = MixedPrecisionPolicy(half, torch.float32, output_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(embedding, mesh=mesh, mp_policy=wide, offload_policy=policy)

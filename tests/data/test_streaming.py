@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import long_but
 
 from posttrain.config import resolve
 from posttrain.data.loader import Step
@@ -195,7 +196,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("files")
 class TestGoingBack:
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", long_but(KINDS, "sft", "jsonl", "parquet", "mix", "text"))
     def test_to_any_place_gives_what_came_after_it(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Saved as JSON at many places of two epochs and taken up in a new process: the same examples, the same counts."""
         monkeypatch.setattr("posttrain.data.streaming.readers.BATCH", 16)

@@ -150,6 +150,7 @@ def small_disk() -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("log", ["log=wandb", "log=tensorboard"])
 def test_a_disk_that_fills_up(posttrain_process: Run, small_disk: Path, log: str) -> None:
     """Nothing is saved before the end, for nothing beats the start: it is the log lines that the disk refuses."""

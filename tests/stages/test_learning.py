@@ -12,11 +12,6 @@ FEW = ["train.eval_every=1000", "eval.resamples=500", "train.log_every=20"]
 CASES = {
     "dpo": (["stage=dpo", "train.steps=60", "eval.generate=200"], "accuracy", 0.1),
     "gpro": (["stage=gpro", "train.steps=30", "eval.generate=200"], "accuracy", 0.1),
-    "gpro dual": (
-        ["stage=gpro", "stage.form=dual", "stage.beta=0.5", "train.steps=80", "eval.generate=200"],
-        "accuracy",
-        0.05,
-    ),
     "bottleneck": (["stage=sft", "adapter=bottleneck", "train.steps=60", "eval.generate=200"], "accuracy", 0.1),
     "reward": (["stage=reward", "train.steps=150"], "pair_accuracy", 0.05),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import long_but
 
 from posttrain.data import embedded
 from posttrain.data.batches import collate
@@ -362,7 +363,7 @@ def test_reward_of_groups_of_unlike_sizes(run) -> None:
 
 
 @pytest.mark.parametrize("objective", ["bradley_terry", "hinge", "mse", "listwise", "plackett_luce"])
-@pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
+@pytest.mark.parametrize("adapter", long_but(("none", "lora", "qlora"), "none"))
 def test_every_reward_loss_trains_with_its_defaults_in_bf16(run, objective: str, adapter: str) -> None:
     summary = run("stage=reward", f"stage.objective={objective}", f"adapter={adapter}", "precision=bf16", "optim.lr=1e-2",
                   "data.train=embedded:groups:64", "data.eval=embedded:groups:20:held_out", "train.steps=2")  # fmt: skip

@@ -140,6 +140,7 @@ def test_a_reward_model_does_not_chat(run: Run) -> None:
         chat(["r"])
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.usefixtures("no_checkpoints")
 def test_a_real_reward_model_reloads_with_the_same_scores(run: Run, shallow_smollm2: str, shared: Path) -> None:

@@ -15,6 +15,7 @@ spec.loader.exec_module(benchmark)
 TRIALS = 250  # the standard error of a coverage of 95 % is 1.4 points
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
