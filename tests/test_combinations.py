@@ -50,5 +50,5 @@ def test_it_is_run_saved_reloaded_and_writes_the_same(
     written = capsys.readouterr().out.splitlines()
     assert len(written) == len(rows)
     other = sum(one != row["after"]["answer"] for one, row in zip(written, rows, strict=True))
-    assert other <= (3 if "qlora" in " ".join(options) else 0)
+    assert other <= (6 if "qlora" in " ".join(options) else 0)
     assert sum(row["after"]["answer"] != row["before"]["answer"] for row in rows) > len(rows) / 4
