@@ -124,7 +124,7 @@ def watching() -> Iterator[Measured]:
 
     found = Measured()
     fit, update = train.Trainer._fit, train.Trainer._update
-    undo = {"checkpoint.save": train.checkpoint.save, "save_model": train.save_model}
+    save_checkpoint, save_model = train.save_checkpoint, train.save_model
 
     def timed_fit(self: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # the largest resident set counts from here
@@ -142,12 +142,12 @@ def watching() -> Iterator[Measured]:
         found.seconds.append(time.perf_counter() - began)
 
     train.Trainer._fit, train.Trainer._update = timed_fit, timed_update  # type: ignore[method-assign]
-    train.checkpoint.save = train.save_model = lambda *_: None  # type: ignore[assignment]
+    train.save_checkpoint = train.save_model = lambda *_, **__: None  # type: ignore[assignment]
     try:
         yield found
     finally:
         train.Trainer._fit, train.Trainer._update = fit, update  # type: ignore[method-assign]
-        train.checkpoint.save, train.save_model = undo["checkpoint.save"], undo["save_model"]
+        train.save_checkpoint, train.save_model = save_checkpoint, save_model
 
 
 def allocated(events: Any, window: list[int]) -> int:
@@ -186,18 +186,33 @@ def on_ranks(case: str) -> dict[str, Any]:
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{case} failed:\n{done.stdout[-2000:]}{done.stderr[:3000]}")
     told = [json.loads(line.partition(MARK)[2]) for line in done.stdout.splitlines() if MARK in line]
     return max(told, key=lambda each: each["measured"])
 
 
 def alone(case: str) -> dict[str, Any]:
-    """A case, larger, in a process of its own, for its resident set: what a plan has freed would stay with the process."""
-    command = [sys.executable, str(Path(__file__)), "--resident", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """A case, larger, planned and run in a process of its own each: a process keeps what it frees."""
+    return {"case": case} | _told("--planned", case) | _told("--resident", case)
+
+
+def _told(what: str, case: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), what, case], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
-    return planned(overrides(case, LARGER)) | {"case": case, "resident": int(done.stdout.split()[-1])}
+    found: dict[str, Any] = json.loads(done.stdout.rpartition(MARK)[2])
+    return found
+
+
+def resident(case: str) -> int:
+    """The largest set in bytes while it trains."""
+    from posttrain import run
+
+    with watching() as seen:
+        run(overrides(case, LARGER))
+    return seen.resident
 
 
 def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
@@ -242,25 +257,26 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*CASES, *SHARDED], help="cases, by name")
     parser.add_argument("--larger", nargs="*", default=["sft", "lora", "dpo, shared"], help="cases of the resident set")
     parser.add_argument("--profiled", help="one case, run here: prints its bytes and seconds")
-    parser.add_argument("--resident", help="one case: prints its resident set in bytes")
+    parser.add_argument("--planned", help="one of the larger cases: prints what is planned")
+    parser.add_argument("--resident", help="one of the larger cases: prints its resident set in bytes")
     options = parser.parse_args()
-    if options.profiled:  # where on_ranks has started it
-        print(MARK + json.dumps(profiled(options.profiled)), flush=True)
+    if options.profiled or options.planned or options.resident:  # started by this script, where it is
+        found: dict[str, Any] = {}
+        if options.profiled:
+            found = profiled(options.profiled)
+        elif options.planned:
+            found = planned(overrides(options.planned, LARGER))
+        else:
+            found = {"resident": resident(options.resident)}
+        print(MARK + json.dumps(found), flush=True)
         return
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         os.environ["XDG_CACHE_HOME"] = scratch
-        if options.resident:
-            from posttrain import run
-
-            with watching() as seen:
-                run(overrides(options.resident, LARGER))
-            print(seen.resident)
-            return
-        found = []
+        measured = []
         for case in options.only:
-            found.append(measure(case))
-            told = found[-1]
+            measured.append(measure(case))
+            told = measured[-1]
             print(f"{case:36}planned {told['planned']:>12,} measured {told['measured']:>12,} "
                   f"{told['planned'] / told['measured']:.3f} in {told['moment']}, seconds {told['planned_seconds']:.2f} "
                   f"{told['seconds']:.2f}", file=sys.stderr, flush=True)  # fmt: skip
@@ -268,7 +284,7 @@ def main() -> None:
         for case in options.larger:
             larger.append(alone(case))
             print(larger[-1], file=sys.stderr, flush=True)
-    text = section(found, larger)
+    text = section(measured, larger)
     write("plan", text)
     print(text)
 
