@@ -44,7 +44,7 @@ def measured(how: str, options: argparse.Namespace, precision: str) -> dict[str,
         command += [f"{key}={value}" for key, value in settings.items()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
+            sys.exit(done.stdout[-2000:] + done.stderr[:2000])
         found: dict[str, Any] = json.loads(Path(scratch, "run", "summary.json").read_text(encoding="utf-8"))
         return found
 

@@ -241,7 +241,8 @@ def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
         lines += [
             "",
             f"The process's largest resident set in the training loop, {LARGER['num_hidden_layers']} layers of "
-            f"{LARGER['hidden_size']}, {LARGER['vocab_size']:,} tokens, GiB; planned: with what the process holds before.",
+            f"{LARGER['hidden_size']}, {LARGER['vocab_size']:,} tokens, GiB; planned: with what the process holds before; "
+            "a process keeps some of what it has freed.",
             "",
             "| case | planned | measured | ratio |",
             "|---|---|---|---|",
