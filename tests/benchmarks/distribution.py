@@ -1,6 +1,6 @@
 """One training step's speed and memory on two ranks: ddp, fsdp and, where it is installed, deepspeed, by turns.
 
-python tests/benchmarks/distribution.py [--rounds 3] [--layers 8] [--write]
+python tests/benchmarks/distribution.py --model DIR --data FILE [--rounds 3] [--layers 8] [--length 256] [--write]
 
 The model has random weights (SmolLM2's shape, other sizes by --layers), so nothing is downloaded; memory is rank 0's largest
 resident set (on a GPU what was allocated there), which has read the whole weights before it kept its part.
@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def measured(how: str, options: argparse.Namespace, precision: str) -> dict[str,
         settings = {
             "model.path": options.model, "model.init": "config", "model.config.num_hidden_layers": options.layers,
             "data.train": options.data, "data.eval_fraction": 0, "train.steps": 5, "train.log_every": 1, "eval.generate": 0,
-            "batch.size": 8, "data.max_length": 256, "data.max_lost_fraction": 1, "precision": precision,
+            "batch.size": 8, "data.max_length": options.length, "data.max_lost_fraction": 1, "precision": precision,
             "distribution": how, "run.dir": f"{scratch}/run", "train.save_every": 1000, "log.report": "false",
         }  # fmt: skip
         command = [
@@ -55,12 +58,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="rows to train on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256, help="tokens of an example at most")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], help="bf16 is slow on a CPU without AMX")
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     options = parser.parse_args()
     kinds = ["ddp", "fsdp"] + (["deepspeed"] if importlib.util.find_spec("deepspeed") else [])
     lines = [f"| case | {' | '.join(f'{kind}: tokens/s, GiB' for kind in kinds)} | fsdp/ddp: speed, memory |"]
     lines.append("|" + "---|" * (len(kinds) + 2))
-    for precision in ("fp32", "bf16"):
+    for precision in options.precisions:
         rounds = [{kind: measured(kind, options, precision) for kind in kinds} for _ in range(options.rounds)]
         middle = {
             kind: [
@@ -74,8 +79,9 @@ def main() -> None:
         ]
         cells = [f"{speed:,.0f}, {memory / 2**30:.2f}" for speed, memory in middle.values()]
         lines.append(f"| sft {precision} | {' | '.join(cells)} | {ratios[0]:.2f}, {ratios[1]:.2f} |")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}"
     shape = f"{options.layers} layers of {Path(options.model).name}'s shape, random weights"
-    told = f"{shape}; medians of {options.rounds} rounds by turns"
+    told = f"{machine}; {shape}; 8 examples a step of at most {options.length} tokens; medians of {options.rounds} rounds by turns"
     text = f"{MARK}\n## Two ranks, {date.today().isoformat()}\n\n{told}.\n\n" + "\n".join(lines) + f"\n{MARK}\n"
     print(text)
     if options.write:
