@@ -32,13 +32,20 @@ def held_by(module: Decoder) -> Held:
             stacks.append([])
     inside = {p for layers in stacks for layer in layers for p in layer.parameters()}
     outside = [p for p in module.parameters() if p not in inside]
-    sizes = [sum(p.numel() for p in layer.parameters()) for layers in stacks for layer in layers]
+    largest = max(
+        (list(layer.parameters()) for layers in stacks for layer in layers),
+        key=lambda own: sum(p.numel() for p in own),
+        default=[],
+    )
     return Held(
         parameters=bytes_of(module.parameters()),
         trained=sum(p.numel() for p in module.parameters() if p.requires_grad),
         beside=sum(p.numel() for p in outside if p.requires_grad),
-        layer=max(sizes, default=0),
+        layer=sum(p.numel() for p in largest),
+        layer_bytes=bytes_of(largest),
+        layer_trained=sum(p.numel() for p in largest if p.requires_grad),
         outside=sum(p.numel() for p in outside),
+        outside_bytes=bytes_of(outside),
         numbers=sum(p.numel() for p in module.parameters()),
     )
 

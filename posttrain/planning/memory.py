@@ -26,16 +26,24 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """4 bits, an 8-bit scale for each 64, an fp32 scale for each 256 of these (arXiv:2305.14314)."""
 
 
+WHOLE = ("reward model",)
+"""Of the models beside the trained one: whole on every rank, which each score their own answers with it."""
+
+
 @dataclass(frozen=True)
 class Held:
     """A network at rest. parameters: bytes; trained: numbers that train, `beside` of them outside the layers; layer: numbers of
-    its largest layer; outside: numbers outside the layers; numbers: all."""
+    its largest layer, layer_bytes: as it is held, layer_trained: of those that train; outside: numbers outside the layers,
+    outside_bytes: as they are held; numbers: all."""
 
     parameters: int
     trained: int
     beside: int = 0
     layer: int = 0
+    layer_bytes: int = 0
+    layer_trained: int = 0
     outside: int = 0
+    outside_bytes: int = 0
     numbers: int = 0
 
 
@@ -130,14 +138,16 @@ class Run:
 
     @property
     def _gathered(self) -> Moment:
-        """Whole weights: of the layer that computes and the next in the compute dtype, of what is outside in fp32."""
-        whole = 2 * self.held.layer * self.compute + 4 * self.held.outside if self.share.gathers else 0
-        return {"gathered weights": whole}
+        """Whole weights: the layer that computes and the next, in the compute dtype or in fewer bytes where they are held so,
+        and what is outside, as it is held (sharding.py)."""
+        held = self.held
+        layer = min(held.layer_bytes, held.layer * self.compute)
+        return {"gathered weights": 2 * layer + held.outside_bytes if self.share.gathers else 0}
 
     @property
     def _gathered_backward(self) -> Moment:
         """And whole gradients, of a layer also in the fp32 in which they are added up over the ranks."""
-        gradients = (self.compute + 4) * self.held.layer + 4 * self.held.beside if self.share.gathers else 0
+        gradients = (self.compute + 4) * self.held.layer_trained + 4 * self.held.beside if self.share.gathers else 0
         return {"gathered weights": self._gathered["gathered weights"] + gradients}
 
     @property
@@ -150,7 +160,7 @@ class Run:
         part = self.share
         return {
             "parameters": 0 if part.host and part.gathers else round(self.held.parameters * part.parameters),
-            **{name: round(size * part.parameters) for name, size in self.frozen},
+            **{name: size if name in WHOLE else round(size * part.parameters) for name, size in self.frozen},
             "gradients": gradients,
             "optimizer": 0 if part.host else round(self.optimizer * self.held.trained * part.optimizer),
             **more,

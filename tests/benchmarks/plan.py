@@ -74,6 +74,8 @@ SHARDED = {
     "sft, fsdp, bf16": [*SFT, *BF16, "distribution=fsdp"],
     "sft, fsdp, gradient checkpointing": [*SFT, "distribution=fsdp", "train.gradient_checkpointing=true"],
     "lora, fsdp": ["stage=lora", *SFT[1:], "adapter.targets=all-linear", "distribution=fsdp"],
+    "lora, fsdp, bf16": ["stage=lora", *SFT[1:], *BF16, "distribution=fsdp"],
+    "qlora, the embedded model, fsdp": [*CASES["qlora, the embedded model"], "distribution=fsdp"],
     "dpo, shared, fsdp": [*CASES["dpo, shared"], "distribution=fsdp"],
     "gpro, fsdp": [*CASES["gpro"], "distribution=fsdp"],
     "ppo, fsdp": [*PPO, "distribution=fsdp"],

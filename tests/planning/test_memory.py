@@ -9,7 +9,16 @@ from posttrain.planning.memory import NF4_BYTES, Held, LayerBytes, OutsideBytes,
 LAYERS = [LayerBytes(count=10, kept=100, copies=20, output=7, forward=5, backward=30)]
 OUTSIDE = OutsideBytes(kept=40, forward=90, head=150, pending=60, end=80)
 """Ten layers; numbers chosen so that each part of a sum can be told in it."""
-HELD = Held(parameters=4_000, trained=1_000, beside=100, layer=90, outside=100)
+HELD = Held(
+    parameters=4_000,
+    trained=1_000,
+    beside=100,
+    layer=90,
+    layer_bytes=360,
+    layer_trained=90,
+    outside=100,
+    outside_bytes=400,
+)
 RUN = Run(HELD, sharing("single", 1), 8.0, LAYERS, OUTSIDE, accumulates=True, checkpointing=False)
 
 
@@ -46,11 +55,14 @@ def test_checkpointing_keeps_outputs_and_one_layer() -> None:
 def test_sharded_over_four() -> None:
     """A quarter of weights, gradients and averages; two whole layers come together in 2 bytes, the rest in 4."""
     gathered = 2 * 90 * 2 + 100 * 4
-    found = sums(replace(RUN, share=sharing("fsdp", 4), compute=2, frozen=(("reference", 4_000),)))
-    assert found["forward"] == 4_000 + 1_000 + 1_000 + 90 + gathered  # no copies: the gathered weights are those
+    found = sums(
+        replace(RUN, share=sharing("fsdp", 4), compute=2, frozen=(("reference", 4_000), ("reward model", 700)))
+    )
+    # the reference in parts, the reward model whole
+    assert found["forward"] == 4_000 + 700 + 1_000 + 1_000 + 90 + gathered  # no copies: the gathered weights are those
     # a layer's gradients in 2 and in 4 bytes, 100 trained numbers outside in 4; the output layer's 150
-    assert found["backward"] == 5_000 + 1_000 + 150 + gathered + 6 * 90 + 4 * 100
-    assert found["update"] == 4_000 + 1_000
+    assert found["backward"] == 5_700 + 1_000 + 150 + gathered + 6 * 90 + 4 * 100
+    assert found["update"] == 4_000 + 700 + 1_000
     held = replace(HELD, numbers=1_000)
     writing = replace(RUN, held=held, share=sharing("fsdp", 4), compute=2, cache=10)
     assert sums(writing)["sampling"] == 1_000 + 2_000 + 10 + 2_000  # all 1,000 numbers come together
@@ -70,3 +82,11 @@ def test_cache_and_nf4() -> None:
     """30 layers, 3 heads of 64, 2 bytes: 2·30·3·64·2 a token, and once more of one layer while it grows."""
     assert cache_bytes(1_000, [(30, 2 * 3 * 64 * 2)]) == 31 * 2 * 3 * 64 * 2 * 1_000
     assert pytest.approx(4.127, abs=1e-3) == 8 * NF4_BYTES  # arXiv:2305.14314, sec. 3: .127 bits a parameter
+
+
+def test_an_adapted_layer_is_gathered_as_it_is_held() -> None:
+    """90 numbers, of which 80 take 40 bytes in all and 10 train in fp32: 80 bytes, less than 2 bytes each."""
+    held = replace(HELD, layer_bytes=80, layer_trained=10, beside=0, outside_bytes=200)
+    found = sums(replace(RUN, held=held, share=sharing("fsdp", 4), compute=2))
+    assert found["forward"] == 4_000 + 1_000 + 90 + 2 * 80 + 200
+    assert found["backward"] == 4_000 + 1_000 + 150 + 2 * 80 + 200 + 6 * 10
