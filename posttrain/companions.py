@@ -98,6 +98,11 @@ def check_frozen_device(cfg: Config) -> None:
             else "nothing stays beside the policy"
         )
         raise ConfigError(f"model.frozen_device={where}, but {why}, so there is nothing to move; leave it out")
+    if own_weights and cfg.distribution.name == "fsdp":
+        raise ConfigError(
+            f"model.frozen_device={where} with distribution=fsdp: the reference lies in parts on the ranks as the policy does; "
+            "leave it device, and set distribution.cpu_offload=true for host memory"
+        )
     if own_weights and getattr(stage, "kl_estimator", None) == "full":
         raise ConfigError(
             f"model.frozen_device={where}, but stage.kl_estimator=full reads the reference in every step; take "

@@ -122,11 +122,6 @@ def _check_distribution(config: Config) -> None:
             f"optim={config.optim.name} with distribution={name}: bitsandbytes' optimizers take whole tensors, and each rank "
             "has a part of them; set optim=adamw (whose states are in parts on the ranks too), or distribution=ddp"
         )
-    if name == "fsdp" and config.model.frozen_device != "device":
-        raise ConfigError(
-            f"model.frozen_device={config.model.frozen_device} with distribution={name}: a frozen network lies in parts on the "
-            "ranks as the policy does; leave it device, and set distribution.cpu_offload=true for host memory"
-        )
     if name == "fsdp" and config.optim.name == "adamw_bf16" and config.model.critic is not None:
         raise ConfigError(
             f"model.critic={config.model.critic} trains in fp32, and optim=adamw_bf16 with distribution=fsdp gathers it beside "

@@ -213,6 +213,7 @@ def test_a_critic_of_its_own(run: Run) -> None:
         (("stage.critic_warmup=1", "stage.advantage=return"), "has no critic"),
         (("stage.kl_estimator=full",), "of the KL in the loss"),
         (("model.frozen_device=cpu", "adapter=lora"), "the policy without its adapter, so there is nothing to move"),
+        (("model.frozen_device=cpu", "distribution=fsdp"), "the reference lies in parts on the ranks"),
         (("model.frozen_device=offload", "stage.beta=0"), "nothing stays beside the policy"),
         (("model.frozen_device=cpu", "stage.kl_in=loss", "stage.kl_estimator=full"), "in every step"),
         (("stage.top_p=0.9", "stage.rollout_server=http://127.0.0.1:9"), "does not say which tokens"),
