@@ -112,7 +112,7 @@ class Policy(Decoder):
             return found
         assert isinstance(self.critic, nn.Linear)
         with torch.autocast(hidden.device.type, enabled=False):
-            values: Tensor = self.critic(hidden.float()).squeeze(-1)
+            values: Tensor = self.critic(hidden.float()).sum(-1)  # of one: a view would warn under fsdp
         return values
 
 
@@ -124,7 +124,7 @@ class ValueModel(Decoder):
         hidden = self.hidden(batch).flatten(0, 1)[batch.predict]
         with torch.autocast(hidden.device.type, enabled=False):
             score: Any = self.network.score
-            values: Tensor = score(hidden.float()).squeeze(-1)
+            values: Tensor = score(hidden.float()).sum(-1)
         return values
 
 

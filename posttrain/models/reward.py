@@ -55,7 +55,7 @@ class RewardModel(Decoder):
         with torch.autocast(
             pooled.device.type, enabled=False
         ):  # a score in 8 bits would tie where people see a difference
-            return Ratings(self._score(pooled.float()).squeeze(-1), balance)
+            return Ratings(self._score(pooled.float()).sum(-1), balance)
 
     def _score(self, pooled: Tensor) -> Tensor:
         """[responses, 1] fp32, also where the weights are held in bf16 (optim=adamw_bf16)."""
