@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint types checks bench bench-preferences bench-rollouts bench-plan wheel clean
+.PHONY: demo test test-long lint types checks bench bench-preferences bench-rollouts bench-plan bench-stats wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft

@@ -198,6 +198,17 @@ def test_a_checkpoint_in_parts_is_put_together(posttrain_process: Run, capsys: p
         load_saved("sft/checkpoints/step-000002/model")
 
 
+@pytest.mark.long
+def test_an_adapters_checkpoint_is_merged(posttrain_process: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    done = posttrain_process(*SPLIT, FSDP, "stage=lora", "optim.lr=1e-2", "train.steps=2", "run.dir=r", ranks=2)
+    assert done["statuses"] == [0, 0], done["output"]
+    for given, out in (("r/checkpoints/step-000002", "of-checkpoint"), ("r", "of-run")):
+        assert main(["merge", given, out]) == 0
+        assert "merged 1 adapter(s) into" in capsys.readouterr().out
+    one, other = (load_file(f"{folder}/model.safetensors") for folder in ("of-checkpoint", "of-run"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def test_saved_weights_are_whole(posttrain_process: Run) -> None:
     """Every tensor of the model, with its own shape, the tied one once."""
     from posttrain.models.embedded import DIRECTORY
@@ -212,7 +223,6 @@ def test_saved_weights_are_whole(posttrain_process: Run) -> None:
     ("options", "words"),
     [
         (["optim=adamw8bit", FSDP], "optim=adamw8bit with distribution=fsdp"),
-        (["stage=ppo", "model.frozen_device=cpu", FSDP], "model.frozen_device=cpu with distribution=fsdp"),
         (["distribution.cpu_offload=true"], "distribution.cpu_offload=true is of distribution=fsdp"),
     ],
 )

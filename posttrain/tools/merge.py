@@ -40,6 +40,9 @@ def merge(argv: list[str]) -> None:
     if (Path(options.model).expanduser() / SHARDS).is_dir():
         join(Path(options.model).expanduser(), out, options.dtype)
         return
+    inner = Path(options.model).expanduser() / "model"
+    if (inner.parent / "state.json").is_file() and inner.is_dir():  # a checkpoint, whose adapter every rank had whole
+        options.model = str(inner)
     base, adapters = lineage(resolve_path(options.model))
     if not adapters and not Path(base).is_dir():
         raise ModelError(f"{options.model} does not exist here; give a run, or the directory of an adapter")
@@ -96,7 +99,9 @@ def join(checkpoint: Path, out: Path, dtype: str) -> None:
             (scratch / CRITIC).mkdir()
             save_file(head, scratch / CRITIC / CRITIC_HEAD)
     files = len(list((checkpoint / SHARDS).iterdir()))
-    print(f"put the {files} parts of {checkpoint} together: {out}")
+    print(
+        f"put the {files} parts of {checkpoint} together: {out} ({str(network.dtype).removeprefix('torch.')}; --dtype changes it)"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

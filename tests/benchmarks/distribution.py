@@ -81,7 +81,9 @@ def main() -> None:
         lines.append(f"| sft {precision} | {' | '.join(cells)} | {ratios[0]:.2f}, {ratios[1]:.2f} |")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}"
     shape = f"{options.layers} layers of {Path(options.model).name}'s shape, random weights"
-    told = f"{machine}; {shape}; 8 examples a step of at most {options.length} tokens; medians of {options.rounds} rounds by turns"
+    told = (
+        f"{machine}; {shape}; 8 examples a step, of {options.length} tokens or less; medians of {options.rounds} rounds"
+    )
     text = f"{MARK}\n## Two ranks, {date.today().isoformat()}\n\n{told}.\n\n" + "\n".join(lines) + f"\n{MARK}\n"
     print(text)
     if options.write:
