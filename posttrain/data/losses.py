@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from posttrain.data.encoding import Counts, Encoding
 from posttrain.data.inputs import Source
@@ -51,10 +51,13 @@ def nothing_left(key: str, sources: list[Source], encoding: Encoding, stage: Sta
 def stop_if_lost(key: str, sources: list[Source], counts: Counts, data: DataConfig, encoding: Encoding) -> None:
     """Losing a few examples is told; losing many of data.train or of data.eval stops the run."""
     skipped = sum(source.report.skipped for source in sources)
-    lost = sum(source.counts["lost"] for source in sources) + skipped
-    total = sum(source.counts["groups"] for source in sources) + skipped
+    own = sum((source.counts for source in sources), Counter[str]())
+    lost, total = own["lost"] + skipped, own["groups"] + skipped
     if total and lost / total > data.max_lost_fraction:
-        told = "; ".join([*counts.lines(encoding), *([f"{skipped:,} bad rows skipped"] if skipped else [])])
+        of_side: Any = {name: own[name] for name in numbers(counts) if name != "lost"}
+        told = "; ".join(
+            [*replace(counts, **of_side).lines(encoding), *([f"{skipped:,} bad rows skipped"] if skipped else [])]
+        )
         raise DataError(
             f"{key}: {lost:,} of {total:,} examples ({lost / total:.0%}) would not be used, more than "
             f"data.max_lost_fraction={data.max_lost_fraction:g} allows: {told}. Raise data.max_length, set "

@@ -50,6 +50,12 @@ def test_a_limit_on_losses_holds_for_what_is_found_again() -> None:
         prepared(*lossy)
 
 
+def test_what_is_told_of_a_side_is_that_sides() -> None:
+    """Not what the evaluation data lose as well."""
+    with pytest.raises(DataError, match=r"data\.train: (\d+) of 60 .* allows: \1 dropped: longer"):
+        prepared("data.train=a.jsonl", "data.eval=a.jsonl", "data.max_length=6")
+
+
 def test_a_mix_needs_a_weight_for_every_file() -> None:
     with pytest.raises(ConfigError, match=r"data.mix has 2 weights, but data.train stands for 3 files"):
         prepared("data.train=[folder,a.jsonl]", "data.mix=[0.5,0.5]")
