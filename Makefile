@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint types checks bench bench-preferences bench-rollouts bench-plan bench-stats wheel clean
+.PHONY: demo test test-long test-deepspeed lint types checks bench bench-preferences bench-rollouts bench-plan bench-stats wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
@@ -21,7 +21,11 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-checks: lint types test test-long
+# DeepSpeed, where it is installed, is imported by accelerate in every process: so it has an environment of its own.
+test-deepspeed: $(VENV)/.deepspeed
+	$(VENV)/deepspeed/bin/python -m pytest -q tests/test_deepspeed.py
+
+checks: lint types test test-long test-deepspeed
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/run.py $(BENCH)
@@ -50,6 +54,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.deepspeed: $(VENV)/.dev
+	$(BIN)/python -m venv $(VENV)/deepspeed
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(VENV)/deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	$(VENV)/deepspeed/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[deepspeed]'
 	touch $@
 
 clean:

@@ -29,16 +29,19 @@ from posttrain.joining import LAUNCHED_AS, check_launcher, join
 from posttrain.models.sharding import shard, whole
 from posttrain.precision import COMPUTE, LossScaler, check_device, described
 from posttrain.zero import Zero, check_installed
+from posttrain.zero3 import Zero3
 
 
 class Runtime:
     """One per process. `precision` and `distribution` are the names of those config groups.
 
     computes: False where only data is read, so that what precision the launcher or the environment names plays no part.
-    offload: distribution.cpu_offload.
+    offload, zero_stage: distribution.cpu_offload and .zero_stage.
     """
 
-    def __init__(self, precision: str, distribution: str, computes: bool = True, offload: bool = False) -> None:
+    def __init__(
+        self, precision: str, distribution: str, computes: bool = True, offload: bool = False, zero_stage: int = 2
+    ) -> None:
         check_launcher(precision if computes else None, distribution)
         transformers_logging.set_verbosity_error()  # what matters of its warnings is checked, and said by us
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -47,7 +50,7 @@ class Runtime:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ]
         self.shards, self.offload = distribution == "fsdp", offload
-        self.zeros = distribution == "deepspeed"
+        self.zeros, self.zero_stage = distribution == "deepspeed", zero_stage
         self.zero: Zero | None = None
         if self.zeros:
             check_installed()
@@ -71,7 +74,7 @@ class Runtime:
 
     def describe(self) -> str:
         """Device, precision and world size in one line."""
-        kind = "FSDP" if self.shards else "DeepSpeed" if self.zeros else "DDP"
+        kind = "FSDP" if self.shards else f"DeepSpeed ZeRO {self.zero_stage}" if self.zeros else "DDP"
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none"
         processes = "1 process" if self.world == 1 else f"{self.world} processes ({kind}, {backend})"
         precision = described(self.precision, self.device)
@@ -113,7 +116,8 @@ class Runtime:
                     "and an expert that a rank sends no token to has none there; set distribution=fsdp"
                 )
             half = self.compute_dtype if self.compute_dtype != torch.float32 else None
-            self.zero = Zero(module, optimizer, self.offload, half, max_norm)
+            kind = Zero3 if self.zero_stage == 3 else Zero
+            self.zero = kind(module, optimizer, self.offload, half, max_norm)
             return self.zero
         self._autocast_forward(module)
         self.accelerator.ddp_handler.find_unused_parameters = find_unused
@@ -243,6 +247,8 @@ class Runtime:
         """What this run holds. The ranks stay joined: the next run in this process cannot join them anew by the same store."""
         if self.alarm:
             self.alarm.stop()
+        if self.zero is not None:
+            self.zero.close()
         self.accelerator.free_memory()
         atexit.unregister(_leave)
         atexit.register(_leave)

@@ -35,7 +35,8 @@ def open_runtime(cfg: Config) -> Runtime:
     check_not_alone(os.environ, cfg.run.processes)
     with Deadline(cfg.distribution.connect_seconds):
         try:
-            runtime = Runtime(cfg.precision.name, cfg.distribution.name, offload=cfg.distribution.cpu_offload)
+            split = cfg.distribution
+            runtime = Runtime(cfg.precision.name, split.name, offload=split.cpu_offload, zero_stage=split.zero_stage)
             ranks = runtime.global_sum({"ranks": 1.0})["ranks"]
         except RuntimeError as error:
             said = lost_connection(error) or (str(error) if isinstance(error, DistError) else None)

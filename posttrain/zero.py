@@ -1,4 +1,4 @@
-"""distribution=deepspeed: DeepSpeed's ZeRO, stage 2. Every rank has the weights whole, gradients and optimizer are in parts.
+"""distribution=deepspeed: DeepSpeed's ZeRO. Gradients and optimizer are in parts on the ranks, in stage 3 (zero3.py) weights too.
 
 ZeRO joins the parameters of each of an optimizer's groups to one flat tensor, of which every rank keeps and moves its part. A
 checkpoint has them put together again, in torch's own order: any other distribution goes on from it, and this from any other's.
@@ -13,7 +13,8 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from posttrain.errors import CheckpointError, ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 25_000_000
-"""Gradients that are reduced at a time: 100 MB in fp32."""
+"""Gradients that are reduced at a time, and in stage 3 weights that are gathered ahead: 100 MB in fp32."""
 
 
 def check_installed() -> None:
@@ -36,8 +37,10 @@ def check_installed() -> None:
 
 
 class Zero(nn.Module):
-    """What stages call in the policy's place, and the optimizer's steps. optimizer: torch's AdamW, with its state of a
+    """Stage 2: what stages call in the policy's place, and the optimizer's steps. optimizer: torch's AdamW, with its state of a
     checkpoint if there is one. half: what the forward pass computes in, None for the weights' own dtype."""
+
+    stage = 2
 
     def __init__(
         self,
@@ -52,11 +55,18 @@ class Zero(nn.Module):
         self.groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
         optimizer.state.clear()
         device = next(policy.parameters()).device.type
-        self.engine: Any = _engine(_InPrecision(policy, device, half), optimizer, offload, max_norm, device)
+        self.policy = InPrecision(policy, device, half)
+        self.environment = ExitStack()
+        self.environment.enter_context(_local_rank())
+        self.engine: Any = _engine(self.policy, optimizer, self.stage, offload, max_norm, device)
         self._fill(known)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.engine(*args, **kwargs)
+        return self.policy.restored(self.engine(*args, **kwargs))
+
+    def close(self) -> None:
+        """The run is over, and the process may hold another."""
+        self.environment.close()
 
     def accumulates(self, last: bool) -> None:
         """Whether the next backward is the step's last."""
@@ -74,13 +84,14 @@ class Zero(nn.Module):
         """The optimizer's state as torch's own would save it, whole, in host memory; every rank must ask."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        steps = {p: self.optimizer.state[flat]["step"] for parameters, flat in self._parts() for p in parameters}
         state: dict[int, dict[str, Tensor]] = {}
         groups = []
-        for group, flat in zip(self.groups, self._flat(), strict=True):
+        for group in self.groups:
             places = range(len(state), len(state) + len(group["params"]))
             for place, parameter in zip(places, group["params"], strict=True):
                 found = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in MOMENTS}
-                state[place] = {"step": self.optimizer.state[flat]["step"].cpu().clone(), **found}
+                state[place] = {"step": steps[parameter].cpu().clone(), **found}
             groups.append(group | {"params": list(places), "lr": self.optimizer.param_groups[0]["lr"]})
         return {"state": state, "param_groups": groups}
 
@@ -88,22 +99,26 @@ class Zero(nn.Module):
         """Name → tensor, tied ones once, each in memory of its own: here they are pieces of one; empty where not `keep`."""
         own: dict[int, Tensor] = {}
         found: dict[str, Tensor] = {}
-        for name, tensor in self.engine.module.policy.state_dict(keep_vars=True).items() if keep else ():
+        for name, tensor in self.policy.policy.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor) and (tensor.requires_grad or not trained_alone):
-                own.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
+                if id(tensor) not in own:
+                    own[id(tensor)] = self._whole(tensor, keep)
                 found[name] = own[id(tensor)]
-        return found
+        return found if keep else {}
 
-    def _flat(self) -> list[Tensor]:
-        """This rank's part of each group."""
-        return [group["params"][0] for group in self.optimizer.param_groups]
+    def _whole(self, tensor: Tensor, keep: bool) -> Tensor:
+        """The tensor in host memory, where `keep`."""
+        return tensor.detach().to("cpu", copy=True) if keep else tensor
+
+    def _parts(self) -> list[tuple[list[nn.Parameter], Tensor]]:
+        """The parameters that were joined, and this rank's part of them, which the optimizer knows."""
+        flat = [group["params"][0] for group in self.optimizer.param_groups]
+        return [(group["params"], part) for group, part in zip(self.groups, flat, strict=True)]
 
     def _fill(self, known: dict[Tensor, dict[str, Tensor]]) -> None:
         """Moments of every group, from the whole ones or 0. DeepSpeed would only find those of the first group by itself."""
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
-
-        for group, flat in zip(self.groups, self._flat(), strict=True):
-            steps = {float(known[p]["step"]) if p in known else 0.0 for p in group["params"]}
+        for parameters, flat in self._parts():
+            steps = {float(known[p]["step"]) if p in known else 0.0 for p in parameters}
             if len(steps) > 1:
                 raise CheckpointError(
                     f"the checkpoint's weights have moved {' and '.join(f'{s:g}' for s in sorted(steps))} times, some more than "
@@ -111,33 +126,60 @@ class Zero(nn.Module):
                 )
             self.optimizer.state[flat] = {"step": torch.tensor(steps.pop(), device=flat.device)}
             self.optimizer.state[flat] |= {name: torch.zeros_like(flat, requires_grad=False) for name in MOMENTS}
-            lazy_init_hp_params_optimizer_state(group["params"], flat, self.optimizer.state)
+            self._joined(parameters, flat)
         for parameter, state in known.items():
             for name in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[name].to(parameter.device), name)
+                self._set(parameter, state[name], name)
+
+    def _joined(self, parameters: list[nn.Parameter], flat: Tensor) -> None:
+        """Let each parameter know where its moments are."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
+
+    def _set(self, parameter: Tensor, value: Tensor, name: str) -> None:
+        """This rank's part of a parameter's moment, of the whole one."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
 
 
-class _InPrecision(nn.Module):
-    """The policy under autocast: DeepSpeed turns off one that is around its engine."""
+class InPrecision(nn.Module):
+    """The policy under autocast: DeepSpeed turns off one that is around its engine. What it gives goes through the engine as a
+    dict, in which stage 3 finds the tensors whose backward it must hear of."""
 
     def __init__(self, policy: nn.Module, device: str, half: torch.dtype | None) -> None:
         super().__init__()
         self.policy, self.device, self.computes_in = policy, device, half
+        self.kind: type | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device, self.computes_in, enabled=self.computes_in is not None):
-            return self.policy(*args, **kwargs)
+            found = self.policy(*args, **kwargs)
+        self.kind = type(found) if is_dataclass(found) else None
+        return found if self.kind is None else dict(vars(found))
+
+    def restored(self, found: Any) -> Any:
+        """What the policy gave."""
+        return found if self.kind is None else self.kind(**found)
 
 
-def _engine(module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, max_norm: float, device: str) -> Any:
+def _engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, offload: bool, max_norm: float, device: str
+) -> Any:
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)  # its affair
+    for called in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # its affair
+        warnings.filterwarnings("ignore", f".*{called}. is deprecated", FutureWarning)
+    # of the policy's own outputs, which InPrecision makes a dict of
+    deepspeed.utils.logger.addFilter(lambda record: "unknown inputs or outputs" not in str(record.msg))
     if device == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it would compile its own all-reduce here, in every rank
-    zero: dict[str, Any] = {"stage": 2, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    if stage == 3:  # by default a billion numbers may stay gathered
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     config = {
@@ -148,8 +190,7 @@ def _engine(module: nn.Module, optimizer: torch.optim.Optimizer, offload: bool, 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    with _local_rank():
-        return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 @contextmanager

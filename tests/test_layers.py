@@ -53,6 +53,7 @@ STOREYS = [
         "signals",
         "summary",
         "zero",
+        "zero3",
     },
     {"config"},
     {"tools", "sweep"},

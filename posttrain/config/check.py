@@ -133,12 +133,6 @@ def _check_distribution(config: Config) -> None:
 
 def _check_zero(config: Config) -> None:
     """What DeepSpeed's ZeRO cannot do with the trainer's steps."""
-    if config.distribution.zero_stage == 3:
-        raise ConfigError(
-            "distribution.zero_stage=3 with distribution=deepspeed: log-probs read the output layer's weight outside of a call "
-            "of that layer, where stage 3 has it empty; set distribution=fsdp, which splits the same (weights, gradients, "
-            "optimizer) over the ranks, or distribution.zero_stage=2"
-        )
     if config.precision.name == "fp16":
         raise ConfigError(
             "precision=fp16 with distribution=deepspeed: ZeRO clips and steps by itself, past the loss scale; set "

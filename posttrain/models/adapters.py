@@ -22,6 +22,7 @@ from posttrain.errors import ModelError
 from posttrain.models.bottleneck import fresh_bottleneck
 from posttrain.models.lineage import NONLINEAR, is_reward_model
 from posttrain.models.router import Routers
+from posttrain.models.sharding import numbers
 from posttrain.models.sublayers import leaves
 from posttrain.models.targets import FUSED, find_targets, named_by
 
@@ -138,7 +139,7 @@ def assert_quantized(model: nn.Module) -> int:
 def parameter_count(module: nn.Module) -> int:
     """Parameters as the architecture has them: two of 4 bits share a byte in memory."""
     states = ((p, getattr(p, "quant_state", None)) for p in module.parameters())
-    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
+    return sum(numbers(p) if state is None else state.shape.numel() for p, state in states)
 
 
 def _keep_differentiable(model: nn.Module) -> None:

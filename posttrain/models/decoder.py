@@ -7,8 +7,8 @@ backbone and a head apart would escape their gradient synchronisation without an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Decoder(nn.Module):
         self.routers = Routers(self.backbone)
         self.is_mixture = bool(self.routers)
         self.gathered_in: torch.dtype | None = None  # where its weights lie in parts on the ranks (sharding.py)
+        self.gather_all: Callable[[], AbstractContextManager[None]] | None = None  # where ZeRO 3 has them in parts
         self.float8 = ""  # what precision=fp8 made of its linear modules, in a line
 
     @property

@@ -90,8 +90,11 @@ def weighted_nll(
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether the head is exactly weight and bias: no quantised subclass, no adapter inside, no hooks."""
-    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+    """Whether the head is exactly weight and bias: no quantised subclass, no adapter inside, no hooks but those of ZeRO 3, which
+    gather its weight (zero3.py has it here)."""
+    if type(head) is not nn.Linear:
+        return False
+    return hasattr(head, "ds_id") or not (head._forward_hooks or head._forward_pre_hooks)
 
 
 def head_size(head: nn.Module) -> int:

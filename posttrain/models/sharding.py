@@ -85,6 +85,11 @@ def is_sharded(module: Any) -> bool:
 def gathered(module: nn.Module) -> Iterator[None]:
     """Every weight whole on every rank, in the precision it computes in: within this block ranks may do different numbers of
     forward passes, as in generation. Every rank must come here. Nothing happens where nothing is sharded."""
+    theirs = getattr(module, "gather_all", None)
+    if theirs is not None:
+        with theirs():
+            yield
+        return
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
     inner = [m for m in parts if m is not module]
     if is_sharded(module):
@@ -100,6 +105,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(True, recurse=False)
         for part in parts:
             part.reshard()
+
+
+def numbers(parameter: Tensor) -> int:
+    """Of the whole parameter, where this rank has a part (ZeRO 3 keeps its size beside it)."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from posttrain.zero import BUCKET
+
 Moment = dict[str, int]
 """What: bytes."""
 
@@ -28,6 +30,9 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 WHOLE = ("reward model",)
 """Of the models beside the trained one: whole on every rank, which each score their own answers with it."""
+
+ZERO_BUCKETS = 4 * BUCKET
+"""Where DeepSpeed puts gradients together before they are added up over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +79,29 @@ class OutsideBytes:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How much of each a rank holds; gathers: whole layers come together while they compute. host: what is moved off the
-    device. always: gradients stay allocated between steps."""
+    """How much of each a rank holds; others: of a reference. gathers: whole layers come together while they compute. host:
+    gradients and optimizer are off the device, host_weights: weights too. always: gradients stay allocated between steps. zero:
+    DeepSpeed's stage, which keeps an fp32 copy of its part of the weights; stage 3 begins with whole ones."""
 
     parameters: float = 1.0
     gradients: float = 1.0
     optimizer: float = 1.0
+    others: float = 1.0
     gathers: bool = False
     host: bool = False
+    host_weights: bool = False
     always: bool = False
+    zero: int = 0
 
 
 def sharing(name: str, world: int, zero_stage: int = 3, host: bool = False) -> Sharing:
     """distribution=name over `world` ranks."""
     part = 1 / world
-    if name == "fsdp" or (name == "deepspeed" and zero_stage >= 3):
-        return Sharing(part, part, part, gathers=True, host=host)
+    if name == "fsdp":
+        return Sharing(part, part, part, others=part, gathers=True, host=host, host_weights=host)
     if name == "deepspeed":
-        return Sharing(1.0, part, part, host=host)
+        in_parts = zero_stage == 3
+        return Sharing(part if in_parts else 1.0, part, part, gathers=in_parts, host=host, zero=zero_stage)
     return Sharing(always=name == "ddp" and world > 1)
 
 
@@ -130,6 +140,8 @@ class Run:
         if self.cache:
             written = {"answers' cache": self.cache, "writing": self.sampling}
             found["sampling"] = self._at(between, written | self._gathered_sampling)
+        if self.share.zero == 3:
+            found["start"] = {"parameters": self.held.parameters, "output layer, loss": self.scoring}
         return found
 
     @property
@@ -141,8 +153,13 @@ class Run:
         """Whole weights: the layer that computes and the next, in the compute dtype or in fewer bytes where they are held so,
         and what is outside, as it is held (sharding.py)."""
         held = self.held
-        layer = min(held.layer_bytes, held.layer * self.compute)
-        return {"gathered weights": 2 * layer + held.outside_bytes if self.share.gathers else 0}
+        if self.share.zero:  # as it is held, and as much ahead
+            layer = max(
+                held.layer_bytes, min(ZERO_BUCKETS, held.parameters - held.outside_bytes - held.layer_bytes) / 2
+            )
+        else:
+            layer = min(held.layer_bytes, held.layer * self.compute)
+        return {"gathered weights": round(2 * layer) + held.outside_bytes if self.share.gathers else 0}
 
     @property
     def _gathered_backward(self) -> Moment:
@@ -158,11 +175,12 @@ class Run:
 
     def _at(self, gradients: int, more: Moment) -> Moment:
         part = self.share
+        state = self.optimizer + (4 if part.zero else 0)
         return {
-            "parameters": 0 if part.host and part.gathers else round(self.held.parameters * part.parameters),
-            **{name: size if name in WHOLE else round(size * part.parameters) for name, size in self.frozen},
-            "gradients": gradients,
-            "optimizer": 0 if part.host else round(self.optimizer * self.held.trained * part.optimizer),
+            "parameters": 0 if part.host_weights else round(self.held.parameters * part.parameters),
+            **{name: size if name in WHOLE else round(size * part.others) for name, size in self.frozen},
+            "gradients": gradients + (ZERO_BUCKETS if part.zero else 0),
+            "optimizer": 0 if part.host else round(state * self.held.trained * part.optimizer),
             **more,
         }
 

@@ -12,6 +12,7 @@ from posttrain.models.adapters import parameter_count
 from posttrain.models.export import NO_PADDING, free_pad
 from posttrain.models.lineage import folded
 from posttrain.models.reward import RewardModel
+from posttrain.models.sharding import numbers
 from posttrain.report.console import Console
 from posttrain.report.numbers import interval, signed
 from posttrain.report.verdicts import SHOWN, claims_nothing, holds_up, verdict
@@ -52,7 +53,7 @@ def plan_rows(session: Session) -> list[tuple[str, str]]:
     cfg, prepared, loader = session.cfg, session.prepared, session.loader
     module = session.networks.module
     total = parameter_count(module)
-    trained = sum(p.numel() for p in session.networks.parameters)
+    trained = sum(numbers(p) for p in session.networks.parameters)
     size = f"{cfg.batch.size} examples" if cfg.batch.size else f"about {cfg.batch.tokens:,} tokens"
     drawn = session.draws or session.steps // cfg.stage.updates * (cfg.batch.size or 0)
     known = drawn and not prepared.stream

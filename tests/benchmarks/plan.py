@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -80,6 +81,8 @@ SHARDED = {
     "gpro, fsdp": [*CASES["gpro"], "distribution=fsdp"],
     "ppo, fsdp": [*PPO, "distribution=fsdp"],
 }
+if importlib.util.find_spec("deepspeed"):
+    SHARDED |= {f"sft, ZeRO {n}": [*SFT, "distribution=deepspeed", f"distribution.zero_stage={n}"] for n in (2, 3)}
 """Of RANKS ranks."""
 
 

@@ -66,9 +66,19 @@ def test_sharded_over_four() -> None:
     held = replace(HELD, numbers=1_000)
     writing = replace(RUN, held=held, share=sharing("fsdp", 4), compute=2, cache=10)
     assert sums(writing)["sampling"] == 1_000 + 2_000 + 10 + 2_000  # all 1,000 numbers come together
-    assert sums(replace(RUN, share=sharing("deepspeed", 4, zero_stage=3)))["update"] == 4_000
-    assert sums(replace(RUN, share=sharing("deepspeed", 4, zero_stage=2)))["update"] == 4_000 + 1_000 + 2_000
     assert sums(replace(RUN, share=sharing("fsdp", 4, host=True)))["update"] == 0
+
+
+def test_zero_over_four() -> None:
+    """1,000 trained numbers: their copies and averages take 12 bytes, in parts; 25 million numbers of gradients come together."""
+    buckets, beside = 100_000_000, (("reference", 4_000),)
+    whole = replace(RUN, frozen=beside, share=sharing("deepspeed", 4, zero_stage=2))
+    assert sums(whole)["update"] == 4_000 + 4_000 + 1_000 + 3_000 + buckets
+    parts = replace(RUN, frozen=beside, share=sharing("deepspeed", 4, zero_stage=3), scoring=70)
+    assert sums(parts)["update"] == 1_000 + 4_000 + 1_000 + 3_000 + buckets  # the reference is whole
+    assert sums(parts)["start"] == 4_000 + 70
+    offloaded = replace(RUN, share=sharing("deepspeed", 4, zero_stage=3, host=True))
+    assert sums(offloaded)["update"] == 1_000 + buckets  # weights stay on the device
 
 
 def test_sampling() -> None:
