@@ -7,6 +7,7 @@ DoRA: W = m·V/‖V‖ with V = W_0 + (α/r)·B·A, m begins as W_0's norms by o
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,10 @@ def add_adapter(
             parameter.data = parameter.data.float()
     if adapter.name != "bottleneck" and adapter.dora and not adapter.path:
         _exact_magnitudes(peft_model)
+    settings = peft_model.peft_config["default"]
+    base = settings.base_model_name_or_path
+    if base and Path(base).is_dir():  # it is read from other working directories, too
+        settings.base_model_name_or_path = os.path.abspath(base)
     return peft_model, described
 
 

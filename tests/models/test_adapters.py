@@ -1,5 +1,6 @@
 """LoRA finds its targets in each family and changes nothing at step 0."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,11 +8,12 @@ import families
 import pytest
 import torch
 from families import FAMILIES, GROUPS
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.data.batches import collate
 from posttrain.errors import ModelError
 from posttrain.models.adapters import add_adapter, parameter_count, quantization
+from posttrain.models.lineage import lineage
 from posttrain.models.load import load_model
 from posttrain.models.policy import Policy
 from posttrain.models.targets import find_targets
@@ -141,6 +143,14 @@ def test_scales_ranks_and_alphas_are_as_asked() -> None:
     assert given["plain"] == pytest.approx({"q_proj": 4 / 2, "v_proj": 4 / 2}, rel=1e-4)
     assert given["rslora"] == pytest.approx({"q_proj": 4 / 2**0.5, "v_proj": 4 / 2**0.5}, rel=1e-4)
     assert given["own"] == pytest.approx({"q_proj": 4 / 8, "v_proj": 7 / 2}, rel=1e-4)
+
+
+def test_an_adapter_names_its_base_for_other_working_directories(tmp_path: Path) -> None:
+    families.network("llama").save_pretrained("base")
+    network = AutoModelForCausalLM.from_pretrained("base")
+    adapted, _ = add_adapter(network, lora("qv"), seed=0)
+    adapted.save_pretrained("adapter")
+    assert lineage("adapter") == (str(tmp_path / "base"), ["adapter"])
 
 
 def test_a_module_that_is_not_adapted_has_no_rank_of_its_own() -> None:
