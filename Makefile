@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-deepspeed lint types checks bench bench-preferences bench-rollouts bench-plan bench-stats wheel clean
+.PHONY: demo test test-long test-deepspeed lint types checks bench bench-preferences bench-rollouts bench-plan bench-precision bench-stats wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/posttrain stage=sft
@@ -38,6 +38,9 @@ bench-rollouts: $(VENV)/.dev
 
 bench-plan: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/plan.py $(BENCH)
+
+bench-precision: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/precision.py $(BENCH)
 
 bench-stats: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/stats.py $(BENCH)
