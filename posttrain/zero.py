@@ -10,6 +10,7 @@ ranks as DDP does. It clips inside its own step.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import CheckpointError, ConfigError
+
+SMALL = 10_000
+"""Weights of so few numbers, as those of norms, are whole on every rank in stage 3 too."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 25_000_000
@@ -173,13 +177,13 @@ def _engine(
 
     for called in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # its affair
         warnings.filterwarnings("ignore", f".*{called}. is deprecated", FutureWarning)
-    # of the policy's own outputs, which InPrecision makes a dict of
-    deepspeed.utils.logger.addFilter(lambda record: "unknown inputs or outputs" not in str(record.msg))
+    deepspeed.utils.logger.addFilter(_concerns_the_user)
     if device == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it would compile its own all-reduce here, in every rank
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    if stage == 3:  # by default a billion numbers may stay gathered
+    if stage == 3:  # by default a billion numbers may stay gathered, and small weights are never split
         zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
+        zero["stage3_param_persistence_threshold"] = SMALL
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     config = {
@@ -191,6 +195,11 @@ def _engine(
         "zero_force_ds_cpu_optimizer": False,
     }
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    """Not a warning of the policy's own outputs, which InPrecision makes a dict of."""
+    return "unknown inputs or outputs" not in str(record.msg)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from posttrain.errors import ConfigError
+from posttrain.models.logprobs import is_plain_linear
 from posttrain.zero import Zero
 
 
@@ -22,13 +24,25 @@ class Zero3(Zero):
     stage = 3
 
     def __init__(self, policy: Any, *args: Any) -> None:
+        head = getattr(policy, "head", None)
+        if head is not None and not is_plain_linear(head):
+            raise ConfigError(
+                "distribution.zero_stage=3 with an output layer that is adapted or quantised: it is called for some tokens at a "
+                "time, more often on one rank than on another, and ZeRO 3 waits for equal calls; set distribution=fsdp, or "
+                "distribution.zero_stage=2"
+            )
+        self.linear = nn.functional.linear  # the engine puts another in its place, for all that this process runs
         super().__init__(policy, *args)
         from deepspeed.runtime.zero import register_external_parameter
 
         policy.gather_all = self._all_whole
-        for module in (policy, self.policy):  # log-probs read the output layer's weights without a call of it
-            for parameter in getattr(policy, "head", nn.Module()).parameters():
+        for parameter in () if head is None else head.parameters():  # log-probs read it without a call
+            for module in (policy, self.policy):
                 register_external_parameter(module, parameter)
+
+    def close(self) -> None:
+        super().close()
+        nn.functional.linear = self.linear
 
     def _parts(self) -> list[tuple[list[nn.Parameter], Tensor]]:
         zero = self.engine.optimizer

@@ -6,9 +6,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, small_arguments
 from test_ranks import finish, launch
 from test_train import LOSSES, STAGES, STEADY, WEIGHTS, assert_same_weights, losses, norms
@@ -16,6 +18,7 @@ from test_train import LOSSES, STAGES, STEADY, WEIGHTS, assert_same_weights, los
 from posttrain import zero
 from posttrain.config import resolve
 from posttrain.errors import ConfigError
+from posttrain.zero3 import Zero3
 
 Run = Callable[..., Any]
 needs_deepspeed = pytest.mark.skipif(
@@ -92,6 +95,34 @@ def test_ranks_whose_answers_end_at_other_steps_write_them_together() -> None:
     assert sum(a != b for a, b in zip(*answers, strict=True)) <= 5  # rounding decides between near equals
 
 
+WIDE = ["model.init=config", "model.config.hidden_size=32", "model.config.head_dim=8", "model.config.vocab_size=200000"]
+"""83 tokens are as many as the output layer reads at a time."""
+
+
+@pytest.mark.long
+@needs_deepspeed
+def test_ranks_whose_tokens_are_more_chunks_than_anothers_do_not_wait() -> None:
+    """ZeRO 3 takes for granted that every rank calls the same modules."""
+    options = [
+        *WIDE,
+        "eval.generate=0",
+        "eval.verifier=none",
+        "batch.size=40",
+        "batch.micro_tokens=2048",
+        "train.steps=4",
+    ]
+    options += ["data.eval=embedded:prompt_completion:101:held_out", "train.eval_every=2"]
+    status, said = ranks_run({"ddp": [*options, "distribution=ddp"], "zero": [*options, *ZERO[3]]})
+    assert status == 0, said
+    assert losses("zero") == pytest.approx(losses("ddp"), rel=LOSSES)
+
+
+def test_an_adapted_output_layer_is_refused() -> None:
+    policy = SimpleNamespace(head=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(ConfigError, match=r"output layer that is adapted or quantised.* set distribution=fsdp"):
+        Zero3(policy)
+
+
 @pytest.mark.long
 @needs_deepspeed
 def test_one_process_alone_may_have_zero_3(run: Run) -> None:
@@ -100,6 +131,7 @@ def test_one_process_alone_may_have_zero_3(run: Run) -> None:
     run(*COMMON, *ZERO[3], "run.dir=zero")
     assert_same_weights("one", "zero", WEIGHTS)
     assert "LOCAL_RANK" not in os.environ
+    assert torch.nn.functional.linear.__module__ == "torch._C._nn"
     run(*COMMON, "run.dir=after")
     assert_same_weights("one", "after", 0.0)
 

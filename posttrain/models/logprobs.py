@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def weighted_nll(
     return objective, torch.cat(logprobs)
 
 
-def is_plain_linear(head: nn.Module) -> bool:
+def is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the head is exactly weight and bias: no quantised subclass, no adapter inside, no hooks but those of ZeRO 3, which
     gather its weight (zero3.py has it here)."""
     if type(head) is not nn.Linear:
@@ -109,6 +109,8 @@ def logits_of(hidden: Tensor, head: nn.Module, transform: LogitTransform) -> Ten
     weight = getattr(head, "weight", None)
     if weight is not None and weight.is_floating_point() and not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(weight.dtype)
+    if is_plain_linear(head):  # not a call of it: ranks have different numbers of chunks, and ZeRO 3 counts calls
+        return transform(nn.functional.linear(hidden, head.weight, head.bias).float())
     return transform(head(hidden).float())
 
 
