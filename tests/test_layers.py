@@ -16,6 +16,8 @@ STOREYS = [
     {"stages"},
     {
         "train",
+        "finite",
+        "runfiles",
         "evaluate",
         "session",
         "runtime",
