@@ -20,6 +20,8 @@ STOREYS = [
         "runfiles",
         "evaluate",
         "session",
+        "fits",
+        "supply",
         "runtime",
         "precision",
         "reference",
