@@ -29,6 +29,7 @@ from posttrain.signals import StopRequest
 from posttrain.startup import open_runtime
 from posttrain.stats import LOWER_IS_BETTER
 from posttrain.summary import Summary
+from posttrain.together import together
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -39,7 +40,7 @@ def train(cfg: Config) -> Summary:
     runtime = open_runtime(cfg)
     console = Console(runtime.is_main)
     config = cfg.as_dict()
-    with runtime.together(), open_directory(cfg, config, runtime) as run:
+    with together(runtime), open_directory(cfg, config, runtime) as run:
         if run.finished:
             summary = Summary(**json.loads((run.path / "summary.json").read_text(encoding="utf-8")))
             console.line(f"{run.path} is already finished ({summary.steps} steps); nothing to do")

@@ -23,6 +23,7 @@ STOREYS = [
         "fits",
         "supply",
         "runtime",
+        "together",
         "precision",
         "reference",
         "answers",

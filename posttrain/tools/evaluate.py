@@ -34,6 +34,7 @@ from posttrain.slices import sliced
 from posttrain.startup import open_runtime
 from posttrain.summary import Summary
 from posttrain.supply import let_judge, open_supply, stop_ids
+from posttrain.together import together
 from posttrain.tools.harness import HarnessResult, open_tasks, run_tasks
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def evaluate(cfg: Config) -> Summary:
     metrics, records and samples to the run directory."""
     runtime = open_runtime(cfg)
     config = cfg.as_dict()
-    with runtime.together(), open_directory(cfg, config, runtime, "eval") as run:
+    with together(runtime), open_directory(cfg, config, runtime, "eval") as run:
         return _evaluate(cfg, config, run, runtime)
 
 
