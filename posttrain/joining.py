@@ -1,4 +1,4 @@
-"""Joining the ranks that a launcher has started, whose words must not contradict the config."""
+"""Joining the ranks that a launcher has started, and leaving them; the launcher's words must not contradict the config."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def join() -> None:
     else:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+
+
+def leave() -> None:
+    """Out of the process group, where there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_launcher(precision: str | None, distribution: str) -> None:

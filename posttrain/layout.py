@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from posttrain.data.pipeline import Prepared
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ModelError
 from posttrain.models.load import load_config
+from posttrain.models.others import told_of
 from posttrain.models.policy import ValueModel
 from posttrain.models.probe import check_forward, sliding_window
 from posttrain.models.reward import POOLING_KEY, RewardModel
@@ -71,6 +73,20 @@ def beyond_budget(prepared: Prepared, packing: Packing, max_length: int) -> list
     if not len(beyond):
         return []
     return [f"{len(beyond):,} examples have more tokens than {budget} (the longest {int(beyond.max()):,}): {alone}"]
+
+
+def probe_networks(
+    cfg: Config, policy: Any, prepared: Prepared, probed: Sequence[int], packing: Packing, runtime: Runtime
+) -> tuple[dict[str, float], Packing]:
+    """Check the policy's forward pass, and that of a critic beside it, on these examples of the training data; the layout
+    that both can do."""
+    examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
+    found, packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
+    critic = getattr(policy, "critic", None)
+    if isinstance(critic, ValueModel):
+        with told_of("model.critic"):
+            packing = probe_critic(cfg, critic, prepared, examples, packing, runtime)
+    return found, packing
 
 
 def probe_layout(

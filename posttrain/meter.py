@@ -1,5 +1,4 @@
-"""What is pooled between two log lines: sums and counts over micro-batches, ranks and steps, divided once when told; and
-what of a step is not finite."""
+"""What is pooled between two log lines: sums and counts over micro-batches, ranks and steps, divided once when told."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.data.loader import Step
 from posttrain.models.router import EXPERT_LOAD
 from posttrain.runtime import Runtime
 from posttrain.stages.base import Loss
@@ -18,7 +16,6 @@ TERM = "term/"
 PEAK = "peak/"
 ALIKE = ("grad_norm", "clipped")
 """Known to every rank alike: never summed over ranks."""
-LOSS_AT_FAULT = "the loss is not finite"
 
 
 class Meter:
@@ -98,20 +95,3 @@ def _share_of(pooled: list[Pooled], rank: int, world: int) -> Pooled:
     whole = {name: [pool[name](each[name][i] for each in pooled) for i in (0, 1)] for name in names}
     zeros: Pooled = {name: [0.0, 0.0] for name in pooled[0]}
     return zeros | whole | {name: list(pooled[0][name]) for name in ALIKE if name in pooled[0]}
-
-
-def not_finite(norm: Tensor, losses: Tensor, step: Step) -> str | None:
-    """What of a step is not finite, and this rank's examples in it; None if all is well.
-
-    norm: of the whole gradient. losses: [micro-batches]; where one is at fault, its examples alone are named.
-    """
-    good = torch.isfinite(losses)
-    if torch.isfinite(norm) & good.all():
-        return None
-    what, suspects = f"the gradient is not finite ({float(norm)})", step.micro_batches
-    if not good.all():
-        what = LOSS_AT_FAULT
-        suspects = [m for m, fine in zip(step.micro_batches, good.tolist(), strict=True) if not fine]
-    ids = [i for micro in suspects for i in micro.ids]
-    shown = ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
-    return f"{what} at step {step.number + 1}; this rank's examples: {shown}"

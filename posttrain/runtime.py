@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import resource
-import signal
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
 from types import MethodType
@@ -22,10 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging as transformers_logging
 
-from posttrain.alarm import AGAIN, Alarm, lost_connection
+from posttrain.alarm import Alarm
 from posttrain.allocator import keep_freed_memory
-from posttrain.errors import ConfigError, Stopped, TrainingError, tell_here
-from posttrain.joining import LAUNCHED_AS, check_launcher, join
+from posttrain.errors import ConfigError
+from posttrain.joining import LAUNCHED_AS, check_launcher, join, leave
 from posttrain.models.sharding import shard, whole
 from posttrain.precision import COMPUTE, LossScaler, check_device, described
 from posttrain.zero import Zero, check_installed
@@ -220,29 +218,6 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @contextmanager
-    def together(self, closing: bool = True) -> Iterator[None]:
-        """The run itself: an error on one rank ends all, and is told once, by the rank that met it first. closing: the run is
-        over with this block."""
-        try:
-            yield
-        except Stopped:  # by all ranks after the same step
-            self.close()
-            raise
-        except Exception as error:
-            said = lost_connection(error)
-            if said is None:
-                self._fail(error)
-                raise
-            lost = TrainingError(
-                f"rank {self.rank} on {socket.gethostname()} lost another rank, which ended, or was killed, without a word: its "
-                f"own output, or its machine's log, may say why ({said}); {AGAIN}"
-            )
-            self._fail(lost, lost=True)
-            raise lost from error
-        if closing:
-            self.close()
-
     def close(self) -> None:
         """What this run holds. The ranks stay joined: the next run in this process cannot join them anew by the same store."""
         if self.alarm:
@@ -250,30 +225,5 @@ class Runtime:
         if self.zero is not None:
             self.zero.close()
         self.accelerator.free_memory()
-        atexit.unregister(_leave)
-        atexit.register(_leave)
-
-    def _fail(self, error: Exception, lost: bool = False) -> None:
-        """Tell the other ranks, or the error that another rank told before; then leave, so that none waits for this one.
-
-        lost: another is gone.
-        """
-        if self.alarm:
-            with suppress(ValueError):  # outside the main thread
-                # the launcher, which may see the same, would end this process before it has told its error
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        first = self.alarm.ring(f"{type(error).__name__}: {error}") if self.alarm else None
-        self.close()
-        if self.alarm is None:
-            return
-        tell_here(error, first is None)
-        if first:
-            error.add_note(f"rank {first[0]} had failed before: {first[1]}")
-        if self.device.type == "cpu":  # NCCL would wait for what is under way
-            _leave()
-        self.alarm.linger(lost)
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        atexit.unregister(leave)
+        atexit.register(leave)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -20,31 +19,27 @@ from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.streaming.prepare import prepare_stream
 from posttrain.data.streaming.stream import StreamLoader
-from posttrain.data.tokenize import end_ids, end_of_turn
 from posttrain.data.tokens import TokenDataset
-from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
+from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.examples import check_slices, describe
-from posttrain.judge import open_judge
-from posttrain.layout import beyond_budget, packing_of, probe_critic, probe_layout
-from posttrain.models.float8 import check_float8, float8_of
+from posttrain.fits import check_attention, check_fits
+from posttrain.layout import beyond_budget, packing_of, probe_networks
+from posttrain.models.float8 import float8_of
 from posttrain.models.load import load_config, load_tokenizer
 from posttrain.models.networks import Head, Networks, build_network, read_by_all
-from posttrain.models.others import told_of
-from posttrain.models.policy import ValueModel
 from posttrain.models.probe import probe_positions, sliding_window
-from posttrain.models.rope import check_rope, position_limit
+from posttrain.models.rope import check_rope
 from posttrain.models.sharding import reshard
 from posttrain.optim import build_optimizer
 from posttrain.report.console import Console
 from posttrain.resume import loading, restore, resumed
-from posttrain.rollout import InProcess, RolloutBackend
-from posttrain.rollout_server import VLLMServer
 from posttrain.rundir import RunDir
 from posttrain.runtime import Runtime
 from posttrain.seeds import rng_state, seed_everything, set_rng_state
 from posttrain.stages.base import Supply
 from posttrain.startup import check_same_data
+from posttrain.supply import let_judge, open_supply, stop_ids
 
 if TYPE_CHECKING:
     from posttrain.config import AdapterConfig, Config, ModelConfig
@@ -94,12 +89,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     check_attention(cfg, runtime)
     tokenizer = load_tokenizer(cfg.model)
     check_companions(cfg, tokenizer)
-    prepared = prepare_data(cfg, tokenizer, runtime)
-    check_same_data(runtime, prepared.fingerprint)
-    if not prepared.stream:
-        on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
-    if cfg.eval.slices:
-        on_main(runtime, lambda: check_slices(cfg.eval.slices, describe(prepared.eval)))
+    prepared = open_data(cfg, tokenizer, runtime, run)
     ends = stop_ids(prepared, tokenizer)
     packing = packing_of(cfg, runtime.device.type, prepared)
     loader = open_loader(cfg, prepared, packing, runtime.rank, runtime.world)
@@ -107,22 +97,9 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     if cfg.train.patience is not None and not len(prepared.eval):
         raise ConfigError(f"train.patience={cfg.train.patience} needs scores, but no evaluation example was held out")
     seed_everything(cfg.train.seed, 0)
-    with loading(run):
-        model, adapter = resumed(cfg, run)
-        policy, described = open_network(
-            cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends), cfg.stage.needs_critic
-        )
-    check_fits(cfg, policy, tokenizer)
-    lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
-    check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
-    runtime.place(policy, read_by_all(model, adapter))
+    policy, described = open_policy(cfg, runtime, run, prepared, tokenizer, ends)
     probed = probe_positions(prepared.train.longest, sliding_window(policy.network))
-    examples = [group if group.count else group.in_two() for group in prepared.train.groups(probed)]
-    probe, loader.packing = probe_layout(cfg, policy, prepared, examples, packing, runtime)
-    critic = getattr(policy, "critic", None)
-    if isinstance(critic, ValueModel):
-        with told_of("model.critic"):
-            loader.packing = probe_critic(cfg, critic, prepared, examples, loader.packing, runtime)
+    probe, loader.packing = probe_networks(cfg, policy, prepared, probed, packing, runtime)
     prepared.lines += beyond_budget(prepared, loader.packing, cfg.data.max_length)
     reshard(policy)  # the probes' weights are whole still; the optimizer's are each rank's part
     optimizer = build_optimizer(policy, cfg.optim, cfg.train.seed)
@@ -134,9 +111,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     probe |= found
     if isinstance(loader, Loader) and isinstance(prepared.train, TokenDataset):
         loader.data = prepared.train  # now with its reference
-    find_unused = policy.is_mixture or getattr(critic, "is_mixture", False)
-    wrapped = runtime.wrap(policy, find_unused, optimizer, cfg.optim.max_grad_norm)
-    networks = Networks(wrapped, policy, tokenizer, described, source_dtype(cfg))
+    networks = Networks(wrap(cfg, runtime, policy, optimizer), policy, tokenizer, described, source_dtype(cfg))
     evaluator = Evaluator(cfg.stage, networks, prepared.eval, loader.packing, runtime, cfg.eval, ends, cfg.train.seed)
     supply = open_supply(cfg, runtime, loader.packing, ends, tokenizer, run)
     supply.loader, supply.draws, supply.state = loader, draws, state.stream
@@ -145,9 +120,7 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     set_rng_state(drawn)  # building a reference draws numbers that the run must not miss
     if not cfg.stage.answer_tokens:
         prepared.lines += loader.restore(state.stream) if state.step else []
-    evaluator.answers.judge = supply.judge
-    if cfg.stage.answer_tokens:
-        evaluator.answers.sampled = partial(cfg.stage.held_out, networks, supply)
+    let_judge(evaluator, networks, supply)
     if state.step > steps:
         raise CheckpointError(f"{run.checkpoint} is at step {state.step}, past this run's end at step {steps}")
     return Session(
@@ -155,31 +128,38 @@ def open_session(cfg: Config, runtime: Runtime, console: Console, run: RunDir) -
     )  # fmt: skip
 
 
-def open_supply(cfg: Config, runtime: Runtime, packing: Packing, ends: set[int], tokenizer: Any, run: RunDir) -> Supply:
-    """What the stage samples and judges with; a run that trains adds where its prompts come from."""
-    supply = Supply(runtime, packing, cfg.train.seed, cfg.eval.confidence_level)
-    if cfg.stage.answer_tokens:
-        supply.judge = open_judge(cfg, runtime, tokenizer)
-        supply.rollout = open_rollout(cfg, runtime, ends, tokenizer, run)
-    return supply
+def open_data(cfg: Config, tokenizer: Any, runtime: Runtime, run: RunDir) -> Prepared:
+    """The data, the same on every rank and, where the run goes on, as it was; with the columns of eval.slices."""
+    prepared = prepare_data(cfg, tokenizer, runtime)
+    check_same_data(runtime, prepared.fingerprint)
+    if not prepared.stream:
+        on_main(runtime, lambda: rundir.check_data(run, prepared.fingerprint))
+    if cfg.eval.slices:
+        on_main(runtime, lambda: check_slices(cfg.eval.slices, describe(prepared.eval)))
+    return prepared
 
 
-def open_rollout(cfg: Config, runtime: Runtime, ends: set[int], tokenizer: Any, run: RunDir) -> RolloutBackend:
-    """Who writes the answers: this process, or the server at stage.rollout_server."""
-    stage: Any = cfg.stage
-    if stage.rollout_server is not None:
-        return VLLMServer(stage.rollout_server, run.path / "served", ends, runtime)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return InProcess(ends, pad, runtime)
-
-
-def check_attention(cfg: Config, runtime: Runtime) -> None:
-    """Kernels and products that there are on a GPU alone."""
-    check_float8(float8_of(cfg.precision), runtime.device)
-    if cfg.model.attention == "flex_attention" and runtime.device.type == "cpu":
-        raise ConfigError(
-            "model.attention=flex_attention needs a GPU: on a CPU its kernel has no backward pass; leave model.attention=auto"
+def open_policy(
+    cfg: Config, runtime: Runtime, run: RunDir, prepared: Prepared, tokenizer: Any, ends: set[int]
+) -> tuple[Any, str]:
+    """What trains, from its start or its checkpoint: it fits the data and lies on the device; and its adapter's line."""
+    with loading(run):
+        model, adapter = resumed(cfg, run)
+        policy, described = open_network(
+            cfg, runtime, model, adapter, cfg.train.gradient_checkpointing, cfg.stage.head(ends), cfg.stage.needs_critic
         )
+    check_fits(cfg, policy, tokenizer)
+    lengths = np.concatenate([prepared.train.longest, prepared.eval.longest])
+    check_rope(policy.network.config, lengths, cfg.data.max_length if prepared.stream else None)
+    runtime.place(policy, read_by_all(model, adapter))
+    return policy, described
+
+
+def wrap(cfg: Config, runtime: Runtime, policy: Any, optimizer: torch.optim.Optimizer) -> torch.nn.Module:
+    """The policy as the loop calls it; a mixture of experts, its own or its critic's, may leave parameters unused."""
+    critic = getattr(policy, "critic", None)
+    find_unused = policy.is_mixture or getattr(critic, "is_mixture", False)
+    return runtime.wrap(policy, find_unused, optimizer, cfg.optim.max_grad_norm)
 
 
 def prepare_data(cfg: Config, tokenizer: Any, runtime: Runtime) -> Prepared:
@@ -222,52 +202,12 @@ def count_steps(cfg: Config, loader: Loader | StreamLoader) -> tuple[int, int | 
     return steps * cfg.stage.updates, round(epochs * examples)
 
 
-def stop_ids(prepared: Prepared, tokenizer: Any) -> set[int]:
-    """What ends a generated answer: end-of-text, and the end-of-turn token that training targets close with."""
-    examples = _first(prepared)
-    if not any(group.count for group in examples):
-        return end_ids(tokenizer)
-    found = end_of_turn(examples, end_ids(tokenizer))
-    return {tokenizer.eos_token_id} | ({found} if found is not None else set())
-
-
-def check_fits(cfg: Config, policy: Any, tokenizer: Any) -> None:
-    """The tokenizer's ids must have embeddings, and examples must fit the positions."""
-    check_embeddings(policy, tokenizer)
-    check_positions(cfg, policy.network.config)
-
-
-def check_embeddings(policy: Any, tokenizer: Any) -> None:
-    """The tokenizer's ids must have embeddings."""
-    rows = policy.network.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer):,} tokens but the model has embeddings for {rows:,}; "
-            "give the model's own tokenizer (model.tokenizer)"
-        )
-
-
-def check_positions(cfg: Config, config: Any) -> None:
-    """Examples must fit the positions the model knows."""
-    limit = position_limit(config)
-    if limit and cfg.data.max_length > limit:
-        raise ConfigError(
-            f"data.max_length={cfg.data.max_length}, but the model's positions end at {limit}; "
-            f"set data.max_length={limit}, or extend them with model.rope_scaling"
-        )
-
-
 def source_dtype(cfg: Config) -> torch.dtype | None:
     """What the model came in: a bf16 model is trained in fp32 master weights and saved in bf16 again."""
     if cfg.model.init == "config" or cfg.model.gguf_file:
         return None
     dtype = load_config(cfg.model).dtype
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _first(prepared: Prepared) -> list[Any]:
-    data = prepared.train if len(prepared.train) else prepared.eval
-    return data.groups(range(min(64, len(data))))
 
 
 @contextmanager

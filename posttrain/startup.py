@@ -22,6 +22,7 @@ from posttrain.environment import PACKAGES, package_version
 from posttrain.errors import ConfigError, TrainingError, tell_here
 from posttrain.rundir import flat
 from posttrain.runtime import Runtime
+from posttrain.together import together
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -46,7 +47,7 @@ def open_runtime(cfg: Config) -> Runtime:
             tell_here(unjoined, True)  # the ranks do not know of each other yet
             raise unjoined from error
         assert ranks == runtime.world
-    with runtime.together(closing=False):
+    with together(runtime, closing=False):
         check_agreement(runtime, cfg.as_dict())
     return runtime
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posttrain.changes import changes
+from posttrain.checkpoint import name_of
 from posttrain.report.sinks import plain
 
 if TYPE_CHECKING:
     from posttrain.config import EvalConfig
     from posttrain.evaluate import Evaluation
+    from posttrain.session import Session
 
 
 @dataclass
@@ -33,6 +35,25 @@ class Summary:
     tokens_per_second: float | None = None
     peak_memory_bytes: int = 0
     stopped_early: bool = False
+
+    @classmethod
+    def of(cls, session: Session, tokens_per_second: float | None) -> Summary:
+        """Of a run that has just made its last step; what its evaluations found is yet to be filled in."""
+        state, run = session.state, session.run
+        best = run.checkpoints / name_of(state.best_step or 0)
+        return cls(
+            run_dir=str(run.path),
+            stage=session.cfg.stage_name,
+            steps=state.step,
+            best_checkpoint=str(best) if best.is_dir() else None,
+            model_dir=str(run.model),
+            tokens=state.tokens,
+            trained_tokens=state.trained_tokens,
+            seconds=state.seconds,
+            tokens_per_second=tokens_per_second,
+            peak_memory_bytes=session.runtime.peak_memory_bytes(),
+            stopped_early=state.step < session.steps,
+        )
 
     def compare(self, first: Evaluation | None, last: Evaluation | None, options: EvalConfig, seed: int) -> None:
         """Fill in metrics, start and changes."""

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from posttrain import checkpoint
-from posttrain.calibration import FILE, usable, write_temperature
 from posttrain.data.loader import Step
-from posttrain.disk import whole_directory, write_json, writing
-from posttrain.errors import Stopped, TrainingError
+from posttrain.errors import Stopped
 from posttrain.evaluate import Evaluation
-from posttrain.examples import describe, write_data
-from posttrain.meter import LOSS_AT_FAULT, Meter, not_finite
-from posttrain.models.export import save_model
+from posttrain.finite import check_finite
+from posttrain.meter import Meter
 from posttrain.optim import learning_rate
 from posttrain.report import narrate
 from posttrain.report.console import Console
 from posttrain.report.live import LivePage
 from posttrain.report.logbook import Logbook
-from posttrain.report.numbers import interval
-from posttrain.rundir import create
+from posttrain.report.progress import tell_step
+from posttrain.runfiles import keep_temperature, write_model, write_start, write_summary
 from posttrain.saving import collected, save_checkpoint
 from posttrain.seeds import rng_state
 from posttrain.session import Session, open_directory, open_session
 from posttrain.signals import StopRequest
-from posttrain.slices import sliced
 from posttrain.startup import open_runtime
 from posttrain.stats import LOWER_IS_BETTER
 from posttrain.summary import Summary
+from posttrain.together import together
 
 if TYPE_CHECKING:
     from posttrain.config import Config
@@ -45,7 +40,7 @@ def train(cfg: Config) -> Summary:
     runtime = open_runtime(cfg)
     console = Console(runtime.is_main)
     config = cfg.as_dict()
-    with runtime.together(), open_directory(cfg, config, runtime) as run:
+    with together(runtime), open_directory(cfg, config, runtime) as run:
         if run.finished:
             summary = Summary(**json.loads((run.path / "summary.json").read_text(encoding="utf-8")))
             console.line(f"{run.path} is already finished ({summary.steps} steps); nothing to do")
@@ -89,32 +84,8 @@ class Trainer:
         """The run directory and its logs, on rank 0."""
         if not self.runtime.is_main:
             return
-        session, cfg = self.session, self.cfg
-        facts = {
-            "seed": cfg.train.seed,
-            "data_fingerprint": session.prepared.fingerprint,
-            "device": self.runtime.describe(),
-        }
-        create(session.run, self.config, cfg.to_yaml(), cfg.overrides, facts)
-        dropped = checkpoint.drop_newer(session.run.checkpoints, self.state.step)
-        for file in (session.run.path / "eval").glob("step-*.parquet"):
-            if int(file.stem.removeprefix("step-")) > self.state.step:  # their lines are cut from metrics.jsonl, too
-                file.unlink()
-        if not self._is_over:
-            (session.run.path / "eval" / FILE).unlink(missing_ok=True)
-        if dropped:
-            session.console.line(f"removed {', '.join(dropped)}: later than the checkpoint that train.resume names")
-        write_data(
-            session.run.path / "data.json",
-            session.prepared,
-            narrate.plan_rows(session),
-            cfg.data.max_length,
-            cfg.stage.watches,
-        )
-        if len(session.prepared.eval):
-            with writing(session.run.path):
-                describe(session.prepared.eval).write(session.run.path / "eval")
-        self.logbook.open(cfg.log, self.config, self.state.step if session.run.checkpoint else None)
+        write_start(self.session, self.config, self._is_over)
+        self.logbook.open(self.cfg.log, self.config, self.state.step if self.session.run.checkpoint else None)
 
     def _begin(self) -> None:
         """Evaluate before the first step, or read back what an earlier process found then."""
@@ -188,7 +159,7 @@ class Trainer:
             session.optimizer,
             session.networks.parameters,
             self.cfg.optim.max_grad_norm,
-            lambda norm: self._check_finite(norm, torch.stack(losses), step),
+            lambda norm: check_finite(session, norm, torch.stack(losses), step),
         )
         if runtime.world == 1:
             self.stopping = self.stop.number
@@ -207,57 +178,6 @@ class Trainer:
         signal, ranks = counts.pop("_signal"), counts.pop("_heard")
         self.stopping = self.stop.number or int(signal / ranks) if ranks else 0
         return counts
-
-    def _check_finite(self, norm: torch.Tensor, losses: torch.Tensor, step: Step) -> bool:
-        """Whether to update. What is not finite ends the run, but gradients that overflowed for the loss scale (fp16): they
-        lower it. losses: [micro-batches], of this rank."""
-        if (
-            not self.state.step and not float(norm) and not self.cfg.stage.answers
-        ):  # sampled ones may all be equally good
-            raise TrainingError(
-                "no gradient reaches the trained parameters at step 1: the run would change nothing. This is a defect of the "
-                "model, the adapter or a library's kernel; try adapter=none, or model.attention=eager"
-            )
-        found = not_finite(norm, losses, step)
-        if self.runtime.world > 1:
-            found = self._first_cause(norm, found)
-        if found and self._lowers_scale(found):
-            return False
-        if found:
-            done = checkpoint.complete(self.session.run.checkpoints)
-            other = "bf16, which has fp32's range" if self.scaler is not None else "fp32"
-            raise TrainingError(
-                f"{found}. Nothing was updated; the last good checkpoint is {done[-1] if done else 'none yet'}. "
-                f"Try a smaller optim.lr, or precision={other}"
-            )
-        if self.scaler is not None:
-            self.scaler.settle(finite=True)
-        return True
-
-    def _lowers_scale(self, found: str) -> bool:
-        """Whether a smaller loss scale may mend it; then it is set, and the step counts as skipped."""
-        if self.scaler is None or LOSS_AT_FAULT in found:
-            return False
-        if self.scaler.is_at_floor:
-            raise TrainingError(
-                f"the loss scale fell to {self.scaler.value:,.0f} and gradients are still not finite: {found}. "
-                "Try a smaller optim.lr, or precision=bf16, which needs no loss scale"
-            )
-        before = self.scaler.value
-        self.scaler.settle(finite=False)
-        self.state.skipped_steps += 1
-        self.session.console.line(
-            f"  · step {self.state.step + 1}: a gradient overflowed fp16, so nothing was updated; "
-            f"loss scale {before:,.0f} -> {self.scaler.value:,.0f}"
-        )
-        return True
-
-    def _first_cause(self, norm: torch.Tensor, found: str | None) -> str | None:
-        """Of all ranks: that of a rank whose loss is at fault, for the gradient, which all share, spoils with it."""
-        if torch.isfinite(norm):
-            return found
-        told = self.runtime.gather([found and found.replace("this rank's", f"rank {self.runtime.rank}'s")])
-        return next((cause for cause in told if cause and LOSS_AT_FAULT in cause), told[0])
 
     def _advance(self, step: Step, norm: float | None, lr: float, seconds: float) -> None:
         state = self.state
@@ -280,12 +200,7 @@ class Trainer:
         if self.cfg.stage.answers:
             metrics |= since
         self.logbook.log("train", state.step, metrics)
-        shown = [f"{name} {_shown(metrics[name])}" for name in self.cfg.stage.shows if name in metrics]
-        shown += [f"loss scale {self.scaler.value:,.0f}"] if self.scaler is not None else []
-        shown += [f"{speed:,.0f} tok/s"] if speed else []
-        self.session.console.logged(state.step, self.session.steps, "  ".join(shown))
-        for line in self.session.loader.news():
-            self.session.console.line(f"  · {line}")
+        tell_step(self.session, metrics)
 
     def _look(self, last: bool) -> Evaluation:
         """Evaluate while training; the evaluation that ends the run, by steps or by patience, is a final one."""
@@ -293,14 +208,8 @@ class Trainer:
         self._judge(found)
         if self._is_over and not last:
             found = self._evaluate(final=True, with_samples=True)
-        if self.runtime.is_main and usable(found.metrics) is not None:  # before its line: who finds that finds this
-            with writing(self.session.run.path):
-                write_temperature(
-                    self.session.run.path / "eval",
-                    found,
-                    self.cfg.stage.confidence_of,
-                    self.session.prepared.fingerprint,
-                )
+        if self.runtime.is_main:
+            keep_temperature(self.session, found)  # before its line: who finds that finds this
         self.logbook.evaluation(found, self.start, self.rollouts)
         narrate.evaluation(self.session, found)
         self.page.write()
@@ -335,41 +244,14 @@ class Trainer:
         self.runtime.barrier()
 
     def _finish(self, evaluation: Evaluation | None) -> Summary:
-        session, state, run = self.session, self.state, self.session.run
+        session = self.session
         session.console.stop_progress()
-        best = run.checkpoints / checkpoint.name_of(state.best_step or 0)
-        summary = Summary(
-            run_dir=str(run.path),
-            stage=self.cfg.stage_name,
-            steps=state.step,
-            best_checkpoint=str(best) if best.is_dir() else None,
-            model_dir=str(run.model),
-            tokens=state.tokens,
-            trained_tokens=state.trained_tokens,
-            seconds=state.seconds,
-            tokens_per_second=self.meter.tokens_per_second,
-            peak_memory_bytes=self.runtime.peak_memory_bytes(),
-            stopped_early=state.step < session.steps,
-        )
+        summary = Summary.of(session, self.meter.tokens_per_second)
         weights = collected(session.networks, self.runtime)
         if self.runtime.is_main:
-            with writing(run.model), whole_directory(run.model, run.path / ".model.tmp") as scratch:
-                save_model(session.networks, scratch, session.ends, session.networks.source_dtype, state=weights)
-                if (fitted := run.path / "eval" / FILE).is_file():
-                    shutil.copyfile(fitted, scratch / FILE)
-            summary.compare(self.start, evaluation, self.cfg.eval, self.cfg.train.seed)
-            if self.cfg.eval.slices and evaluation is not None:
-                summary.slices = sliced(self.cfg, session.prepared, self.start, evaluation)
-            with writing(run.path):
-                write_json(run.path / "summary.json", asdict(summary))
+            write_model(session, weights)
+            write_summary(session, summary, self.start, evaluation)
             self.page.write(at_end=True)
             narrate.result(session, summary, self.start, evaluation)
         self.runtime.barrier()
         return summary
-
-
-def _shown(value: Any) -> str:
-    """A number of a training line; a score with its interval."""
-    if isinstance(value, dict):
-        return "unknown"  # of no example
-    return interval(value) if hasattr(value, "low") else f"{value:.4f}"

@@ -211,7 +211,7 @@ class TestAFailedStart:
     def fail(self, *options: str) -> dict[str, Any]:
         """A start that fails in its first step; what it left."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("posttrain.train.not_finite", lambda *_: "the loss is not finite")
+            patch.setattr("posttrain.finite.not_finite", lambda *_: "the loss is not finite")
             status = main(small_arguments("run.dir=r", "eval.generate=2", "eval.max_new_tokens=2", *options))
         assert status == 1
         assert {"config.json", "metrics.jsonl", "samples.jsonl", "eval"} <= {p.name for p in Path("r").iterdir()}

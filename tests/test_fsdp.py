@@ -35,7 +35,7 @@ SPLIT = [
 def test_two_ranks_one_and_two_again(posttrain_process: Run) -> None:
     """Killed in turn and gone on with another number of ranks, and without sharding in between."""
     assert posttrain_process(*SPLIT, "run.dir=whole")["status"] == 0
-    dies = lambda call: {"die": ("posttrain.train:Trainer._check_finite", call, "before")}  # noqa: E731
+    dies = lambda call: {"die": ("posttrain.train:check_finite", call, "before")}  # noqa: E731
     first = posttrain_process(*SPLIT, FSDP, "run.dir=r", ranks=2, **dies(4))
     assert set(first["statuses"]) == {-signal.SIGKILL}, first["output"]
     assert sorted(p.name for p in Path("r/checkpoints/step-000002").iterdir()) == [

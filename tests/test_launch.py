@@ -181,7 +181,7 @@ def test_from_python_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_stopped_goes_on_and_gives_what_one_process_does(posttrain_process: Run, run: Run) -> None:
     """The signal comes while rank 0 is in its fifth step: to the launcher and to the rank, as SLURM sends it."""
-    fifth = ["posttrain.train:Trainer._check_finite", 5, signal.SIGTERM]
+    fifth = ["posttrain.train:check_finite", 5, signal.SIGTERM]
     options = [*STEADY, "batch.size=7", "batch.micro_tokens=128", "train.steps=9", "train.save_every=3",
                "train.keep_checkpoints=9"]  # fmt: skip
     two = [*options, "run.processes=2", "run.dir=two"]
@@ -210,7 +210,7 @@ def test_a_mistake_is_told_once(posttrain_process: Run, verb: str, setting: str)
 
 
 def test_a_rank_that_is_killed_while_training(posttrain_process: Run) -> None:
-    moment = ["posttrain.train:Trainer._check_finite", 3, "before"]
+    moment = ["posttrain.train:check_finite", 3, "before"]
     done = posttrain_process("run.processes=2", "run.dir=r", launches=True, on_rank=1, die=moment)
     assert done["status"] == 1
     assert "rank 1 (process " in done["output"]

@@ -196,7 +196,7 @@ def test_a_cable_that_is_pulled(nodes: list[Node], posttrain_process: Run) -> No
     """No connection closes: each side waits for the other. Put in again soon, it does no harm."""
     pulled = f"ip link set {CABLE} down"
     times = {"posttrain.alarm:SILENT_S": 8, "posttrain.alarm:BEAT_S": 1}
-    step = "posttrain.train:Trainer._check_finite"
+    step = "posttrain.train:check_finite"
     done = posttrain_process(
         "train.steps=100000", "train.eval_every=50000", "run.dir=r", ranks=2, each=apart(nodes, CABLE), on_rank=1, set=times,
         commands=[[step, 3, f"{pulled}; sleep 2; ip link set {CABLE} up"], [step, 6, pulled]], others={"set": times},

@@ -111,7 +111,7 @@ def test_the_ranks_share_the_answers(posttrain_process: Run) -> None:
     assert len(Path("r/samples.jsonl").read_text().splitlines()) == 15
 
 
-KILLED = {"in a step": ("posttrain.train:Trainer._check_finite", 6, "before"),
+KILLED = {"in a step": ("posttrain.train:check_finite", 6, "before"),
           "between a checkpoint's files": ("torch:save", 4, "after")}  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_another_number_of_ranks_goes_on(posttrain_process: Run, before: int, af
     """Without dropout the split is all that differs."""
     options = [*STEADY, *RESUMED["sft"], "train.keep_checkpoints=9"]
     assert posttrain_process(*options, "run.dir=whole")["status"] == 0
-    moment = ("posttrain.train:Trainer._check_finite", 6, "before")
+    moment = ("posttrain.train:check_finite", 6, "before")
     killed = posttrain_process(*options, "run.dir=r", ranks=before, die=moment)
     assert set(killed["statuses"]) == {-signal.SIGKILL}
     again = posttrain_process(*options, "run.dir=r", ranks=after)
@@ -176,7 +176,7 @@ def test_a_signal_to_the_launcher_finishes_the_step_and_saves(posttrain_process:
 
 @pytest.mark.parametrize("ranks", [*long_but(([0], [1])), [0, 1]])
 def test_a_signal_to_any_rank_stops_all_after_the_same_step(posttrain_process: Run, ranks: list[int]) -> None:
-    send = [("posttrain.train:Trainer._check_finite", 5, signal.SIGTERM)]
+    send = [("posttrain.train:check_finite", 5, signal.SIGTERM)]
     which = {} if len(ranks) == 2 else {"on_rank": ranks[0]}
     stopped = posttrain_process(*RESUMED["sft"], "run.dir=r", ranks=2, send=send, **which)
     assert stopped["statuses"] == [143, 143], stopped["output"]

@@ -99,7 +99,7 @@ MOMENTS = {
     "before the directory is a run": ("posttrain.rundir:write_json", 1, "before"),
     "in the middle of making it": ("posttrain.rundir:write_text", 1, "before"),
     "before any checkpoint": ("posttrain.train:Trainer._update", 2, "before"),
-    "in a step": ("posttrain.train:Trainer._check_finite", 6, "before"),
+    "in a step": ("posttrain.train:check_finite", 6, "before"),
     "in the middle of a line of metrics": ("posttrain.report.sinks:MetricsFile._append", 4, "halfway"),
     "while evaluating": ("posttrain.evaluate:Evaluator._summarise", 3, "before"),
     "after the records, before their line": ("posttrain.report.logbook:write_records", 3, "after"),
@@ -113,8 +113,8 @@ MOMENTS = {
     "while rotating": ("shutil:rmtree", 8, "before"),
     "after rotating": ("posttrain.checkpoint:rotate", 4, "after"),
     "after the last checkpoint": ("posttrain.checkpoint:rotate", 5, "after"),
-    "while the final model is written": ("posttrain.train:save_model", 1, "before"),
-    "before the summary": ("posttrain.train:write_json", 1, "before"),
+    "while the final model is written": ("posttrain.runfiles:save_model", 1, "before"),
+    "before the summary": ("posttrain.runfiles:write_json", 1, "before"),
 }
 FEWER = ("in a step", "after the records, before their line", "between its files", "between its name and the rotation",
          "after the last checkpoint")  # fmt: skip
@@ -123,7 +123,7 @@ the others."""
 
 SAMPLING = {
     "while it samples": ("posttrain.stages.experience:token_columns", 3, "before"),
-    "between its epochs": ("posttrain.train:Trainer._check_finite", 4, "before"),
+    "between its epochs": ("posttrain.train:check_finite", 4, "before"),
 }
 """Of a stage that makes its own steps. Evaluations sample too."""
 
@@ -301,9 +301,7 @@ def test_a_signal_finishes_the_step_saves_and_says_its_status(
     posttrain_process: Run, whole: Path, number: int, status: int
 ) -> None:
     expected = uninterrupted(whole, posttrain_process, "sft")
-    stopped = posttrain_process(
-        *STAGES["sft"], "run.dir=r", send=[("posttrain.train:Trainer._check_finite", 5, number)]
-    )
+    stopped = posttrain_process(*STAGES["sft"], "run.dir=r", send=[("posttrain.train:check_finite", 5, number)])
     assert stopped["status"] == status, stopped["output"]
     assert "finishing this step and saving" in stopped["output"]
     assert "the same command with run.dir=" in stopped["output"]
@@ -369,7 +367,7 @@ def test_a_second_signal_stops_at_once(posttrain_process: Run, whole: Path) -> N
     """While the checkpoint that the first one asked for is written: that one is absent, the one before is whole."""
     expected = uninterrupted(whole, posttrain_process, "sft")
     twice = [
-        ("posttrain.train:Trainer._check_finite", 5, signal.SIGTERM),
+        ("posttrain.train:check_finite", 5, signal.SIGTERM),
         ("posttrain.saving:save_model", 3, signal.SIGTERM),
     ]
     killed = posttrain_process(*STAGES["sft"], "run.dir=r", send=twice)
@@ -479,7 +477,7 @@ def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(posttrain_process: 
     assert posttrain_process(*STEPS, "run.dir=a")["status"] == 0
     first = sorted(Path("a/checkpoints").iterdir())[0]
     options = [*STEPS, f"train.resume={first}", "run.dir=b"]
-    done = posttrain_process(*options, die=("posttrain.train:write_json", 1, "before"))
+    done = posttrain_process(*options, die=("posttrain.runfiles:write_json", 1, "before"))
     assert done["status"] == -signal.SIGKILL
     saved = {path.name for path in Path("b/checkpoints").iterdir()}
     again = posttrain_process(*options)

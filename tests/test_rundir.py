@@ -69,7 +69,7 @@ class TestOneProcessAlone:
 
     def test_a_killed_one_holds_nothing(self, posttrain_process: Run) -> None:
         """Its file is there and says so, but the system has let go of it."""
-        killed = posttrain_process("run.dir=r", die=("posttrain.train:create", 1, "before"))
+        killed = posttrain_process("run.dir=r", die=("posttrain.runfiles:create", 1, "before"))
         assert killed["status"] == -signal.SIGKILL
         assert [path.name for path in Path("r").iterdir()] == [LOCK]
         again = posttrain_process("run.dir=r", "train.steps=1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from posttrain.calibration import write_temperature
@@ -13,6 +12,7 @@ from posttrain.disk import write_json, writing
 from posttrain.errors import ConfigError, DataError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.examples import check_slices, describe, write_data
+from posttrain.fits import check_attention, check_embeddings, check_fits
 from posttrain.frozen import open_frozen
 from posttrain.layout import beyond_budget, packing_of, probe_layout
 from posttrain.models.load import load_tokenizer
@@ -29,20 +29,12 @@ from posttrain.report.numbers import interval
 from posttrain.report.sinks import plain
 from posttrain.rundir import RunDir, create
 from posttrain.runtime import Runtime
-from posttrain.session import (
-    check_attention,
-    check_embeddings,
-    check_fits,
-    on_main,
-    open_directory,
-    open_network,
-    open_supply,
-    prepare_data,
-    stop_ids,
-)
+from posttrain.session import on_main, open_directory, open_network, prepare_data
 from posttrain.slices import sliced
 from posttrain.startup import open_runtime
 from posttrain.summary import Summary
+from posttrain.supply import let_judge, open_supply, stop_ids
+from posttrain.together import together
 from posttrain.tools.harness import HarnessResult, open_tasks, run_tasks
 
 if TYPE_CHECKING:
@@ -54,7 +46,7 @@ def evaluate(cfg: Config) -> Summary:
     metrics, records and samples to the run directory."""
     runtime = open_runtime(cfg)
     config = cfg.as_dict()
-    with runtime.together(), open_directory(cfg, config, runtime, "eval") as run:
+    with together(runtime), open_directory(cfg, config, runtime, "eval") as run:
         return _evaluate(cfg, config, run, runtime)
 
 
@@ -132,8 +124,7 @@ def _score(cfg: Config, run: RunDir, runtime: Runtime, console: Console, tokeniz
         supply = open_supply(cfg, runtime, packing, ends, tokenizer, run)
         if cfg.model.reference is not None:
             networks.frozen = open_frozen(cfg, runtime, policy, is_start=False)
-        evaluator.answers.judge = supply.judge
-        evaluator.answers.sampled = partial(cfg.stage.held_out, networks, supply)
+        let_judge(evaluator, networks, supply)
     return Scored(policy, prepared, evaluator(0, final=True, samples=True))
 
 

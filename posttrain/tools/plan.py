@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posttrain.companions import check_companions
+from posttrain.fits import check_attention, check_positions
 from posttrain.layout import beyond_budget, packing_of
 from posttrain.models.adapters import parameter_count
 from posttrain.models.lineage import folded
@@ -18,7 +19,7 @@ from posttrain.planning.duration import clock
 from posttrain.planning.estimate import Estimate, estimate, world_of
 from posttrain.planning.memory import peak, total
 from posttrain.report.console import Console
-from posttrain.session import check_attention, check_positions, count_steps, open_loader, prepare_data
+from posttrain.session import count_steps, open_loader, prepare_data
 from posttrain.startup import open_runtime
 
 if TYPE_CHECKING:
