@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.tokens import TokenGroup
-from posttrain.rollout import Generation
+from posttrain.writer import Generation
 
 
 def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> TokenGroup:
