@@ -222,7 +222,7 @@ def find(name: str) -> type[Stage]:
 
 GROUP = "posttrain.stages"
 NOT_STAGES = {
-    "base", "controls", "experience", "likelihood", "policy_gradient", "preferences", "recomputed", "responses",
+    "base", "controls", "experience", "likelihood", "policy_gradient", "ppo_options", "preferences", "recomputed", "responses",
 }  # fmt: skip
 
 
