@@ -20,8 +20,8 @@ from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.streaming.prepare import prepare_stream
 from posttrain.data.streaming.stream import StreamLoader
+from posttrain.data.token_dataset import TokenDataset
 from posttrain.data.tokenize import end_ids, end_of_turn
-from posttrain.data.tokens import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, ModelError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.examples import check_slices, describe
