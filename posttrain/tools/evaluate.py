@@ -43,7 +43,8 @@ from posttrain.session import (
 from posttrain.slices import sliced
 from posttrain.startup import open_runtime
 from posttrain.summary import Summary
-from posttrain.tools.harness import HarnessResult, open_tasks, run_tasks
+from posttrain.tools.harness import HarnessResult, run_tasks
+from posttrain.tools.harness_tasks import open_tasks
 
 if TYPE_CHECKING:
     from posttrain.config import Config
