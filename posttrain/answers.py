@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from posttrain.data.tokens import TokenDataset, TokenGroup
+from posttrain.data.token_dataset import TokenDataset
+from posttrain.data.tokens import TokenGroup
 from posttrain.rollout import generate
 from posttrain.stages.base import Records
 from posttrain.verify import VERIFIERS, require

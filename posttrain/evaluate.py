@@ -14,7 +14,7 @@ from posttrain.answers import Answers, Sample, rewarded
 from posttrain.calibration import FITTED_TOKENS, usable
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.packing import Packing
-from posttrain.data.tokens import TokenDataset
+from posttrain.data.token_dataset import TokenDataset
 from posttrain.stages.base import Asked, Records, Stage
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from posttrain.records import write_table
 
 if TYPE_CHECKING:
     from posttrain.data.pipeline import Prepared
-    from posttrain.data.tokens import TokenDataset
+    from posttrain.data.token_dataset import TokenDataset
 
 FILE = "examples.parquet"
 LENGTH = "length"

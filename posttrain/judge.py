@@ -11,7 +11,7 @@ from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ConfigError, DataError
 from posttrain.reward_model import RewardModelJudge
 from posttrain.rewards import Reward, open_reward
-from posttrain.rollout import Generation
+from posttrain.writer import Generation
 
 if TYPE_CHECKING:
     from posttrain.config import Config

@@ -20,7 +20,8 @@ from posttrain.data.batches import collate
 from posttrain.data.loader import evaluation_batches, gather
 from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared
-from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
+from posttrain.data.token_dataset import TokenDataset
+from posttrain.data.tokens import Examples, TokenGroup
 from posttrain.errors import DataError, ModelError
 from posttrain.models.float8 import float8_of
 from posttrain.models.networks import build_network, read_by_all

@@ -19,7 +19,7 @@ from posttrain.data.packing import Packing
 from posttrain.data.pipeline import Prepared, prepare
 from posttrain.data.streaming.prepare import prepare_stream
 from posttrain.data.streaming.stream import StreamLoader
-from posttrain.data.tokens import TokenDataset
+from posttrain.data.token_dataset import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, UserError
 from posttrain.evaluate import Evaluator
 from posttrain.examples import check_slices, describe

@@ -190,7 +190,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(posttrain_process: R
 
 FAILURES = {
     "the loss": ({"poison": ["posttrain.models.policy:weighted_nll", 3]}, 1, "the loss is not finite at step 3; rank {}'s"),
-    "the data": ({"fail": ["posttrain.data.tokens:TokenDataset.groups", 6, "no data"]}, 1, "no data"),
+    "the data": ({"fail": ["posttrain.data.token_dataset:TokenDataset.groups", 6, "no data"]}, 1, "no data"),
     "the model": ({"fail": ["posttrain.session:build_network", 1, "no model"]}, 1, "no model"),
     "an evaluation": ({"fail": ["posttrain.evaluate:gather", 2, "no scores"]}, 1, "no scores"),
 }  # fmt: skip

@@ -11,7 +11,8 @@ import numpy as np
 from posttrain.data.batches import Batch, collate
 from posttrain.data.packing import Packing, Rows
 from posttrain.data.split import mix_indices
-from posttrain.data.tokens import Examples, TokenDataset, TokenGroup
+from posttrain.data.token_dataset import TokenDataset
+from posttrain.data.tokens import Examples, TokenGroup
 from posttrain.errors import CheckpointError
 
 

@@ -22,8 +22,9 @@ from posttrain.data.losses import nothing_left, numbers, stop_if_lost
 from posttrain.data.sources import fingerprint
 from posttrain.data.split import split
 from posttrain.data.text import text_blocks
+from posttrain.data.token_dataset import TokenDataset, Writer, read
 from posttrain.data.tokenize import Encoding, Tokenizer
-from posttrain.data.tokens import Examples, TokenDataset, TokenGroup, Writer, read
+from posttrain.data.tokens import Examples, TokenGroup
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import chain, islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from posttrain.data.lengths import fits
 from posttrain.data.specials import beginning, end_ids, end_of_turn, endless, special_pattern, template_facts
 from posttrain.data.split import without_occurrence
 from posttrain.data.template import Template
+from posttrain.data.tokenizer_thread import Ids, TokenizerThread, in_parts, one_ahead
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import DataError, ModelError
 
@@ -27,8 +28,6 @@ NO_TEMPLATE = (
     "the data holds messages, and there is no chat template to render them; set model.chat_template to a Jinja file, or use a "
     "model whose tokenizer has one"
 )
-
-Ids = list[list[int]]
 
 
 class Tokenizer:
@@ -51,15 +50,15 @@ class Tokenizer:
     def groups(self, groups: Iterable[Group]) -> Iterator[TokenGroup]:
         """TokenGroups in the order of the Groups, without those that are dropped."""
         ends = self.ends | {self.eos}
-        pool = self.pool = ThreadPoolExecutor(1)
+        thread = self.thread = TokenizerThread(self.tokenizer)
         try:
-            for token_groups in _one_ahead(map(self._encode, _parts(iter(groups)))):
+            for token_groups in one_ahead(map(self._encode, in_parts(iter(groups), BATCH))):
                 for token_group in token_groups:
                     if fits(token_group, self.encoding, self.counts, self.tokenizer, ends):
                         self.counts.kept += 1
                         yield token_group
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # who stops early may be the thread itself, by its collector
+            thread.close()
 
     def stream(self, blocks: Iterable[str], file: str) -> Iterator[TokenGroup]:
         """Windows of one endless document."""
@@ -116,7 +115,7 @@ class Tokenizer:
             except DataError as error:
                 self._refuse(group, error)
                 texts.append("")
-        return self._asking(groups, texts, self._ids(texts))
+        return self._asking(groups, texts, self.thread.ids(texts))
 
     def _asking(self, groups: Sequence[Group], texts: list[str], tokenised: Future[Ids]) -> Iterator[TokenGroup]:
         chat = self.encoding.template == "chat"
@@ -134,8 +133,9 @@ class Tokenizer:
         texts = [text for group in groups for text in (group.prompt, *group.responses)]
         if any(text is not None and not isinstance(text, str) for text in texts):
             raise ModelError(NO_TEMPLATE)
-        prompts = self._ids([self._bare(str(group.prompt or "")) for group in groups])
-        return self._joined(groups, prompts, self._ids([str(text) for group in groups for text in group.responses]))
+        prompts = self.thread.ids([self._bare(str(group.prompt or "")) for group in groups])
+        responses = self.thread.ids([str(text) for group in groups for text in group.responses])
+        return self._joined(groups, prompts, responses)
 
     def _joined(self, groups: Sequence[Group], asked: Future[Ids], answered: Future[Ids]) -> Iterator[TokenGroup]:
         answers = iter(answered.result())
@@ -154,7 +154,7 @@ class Tokenizer:
         self.counts.facts = self.facts
         rendered = [(group, self._examples(group)) for group in groups]
         texts = list(dict.fromkeys(text for _, parts in rendered for part in parts for text in part.texts()))
-        return self._masked(rendered, texts, self._ids(texts))
+        return self._masked(rendered, texts, self.thread.ids(texts))
 
     def _masked(
         self, rendered: list[tuple[Group, list[Example]]], texts: list[str], tokenised: Future[Ids]
@@ -223,22 +223,6 @@ class Tokenizer:
             margin=group.margin,
         )
 
-    def _ids(self, texts: list[str]) -> Future[Ids]:
-        return self.pool.submit(self._tokenise, texts)
-
-    def _tokenise(self, texts: list[str]) -> Ids:
-        """Whole and as they are. A tokenizer of the tokenizers library is asked itself, without the offsets that
-        transformers would have it work out and throw away (a quarter of the time)."""
-        if not texts:
-            return []
-        if not self.tokenizer.is_fast:
-            return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        backend = self.tokenizer.backend_tokenizer
-        if backend.truncation or backend.padding:  # its file may ask for them, and transformers too has set them aside
-            backend.no_truncation()
-            backend.no_padding()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if ids and ids[-1] == self.eos else [*ids, self.eos]
 
@@ -251,17 +235,3 @@ class Tokenizer:
         begin = self.tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin]:
             raise DataError(f"begins with {self.tokenizer.bos_token} twice; remove it from the data")
-
-
-def _parts(groups: Iterator[Group]) -> Iterator[list[Group]]:
-    while part := list(islice(groups, BATCH)):
-        yield part
-
-
-def _one_ahead(items: Iterator[Iterator[TokenGroup]]) -> Iterator[Iterator[TokenGroup]]:
-    """The same items, each made before the one in front of it is used."""
-    ahead = deque(islice(items, 1))
-    for item in items:
-        ahead.append(item)
-        yield ahead.popleft()
-    yield from ahead

@@ -1,4 +1,4 @@
-"""From `model.*` to a tokenizer, a config and a causal language model; everything that can be refused is refused by name."""
+"""From `model.*` to a tokenizer, a config and a causal language model; what cannot be is refused by name (refusals.py)."""
 
 from __future__ import annotations
 
@@ -17,28 +17,22 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
 
 from posttrain.errors import ModelError
-from posttrain.models.lineage import fold, is_reward_model, lineage, nonlinear, refuse_parts, resolve_path
+from posttrain.models.lineage import fold, lineage, refuse_parts, resolve_path
+from posttrain.models.refusals import (
+    cannot_read,
+    refuse_folding_into_4bit,
+    refuse_other_architectures,
+    refuse_scores,
+    refuse_unfit,
+    refuse_unscored,
+)
 from posttrain.models.reward import zero_score
 from posttrain.models.rope import scale_rope
 
 if TYPE_CHECKING:
     from posttrain.config import ModelConfig
-
-NOT_DECODERS = {
-    "bert", "roberta", "xlm-roberta", "electra", "camembert", "deberta", "bert-generation", "big_bird", "data2vec-text",
-    "ernie", "megatron-bert", "rembert", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta-xl", "xmod",
-    "prophetnet", "bart", "mbart", "marian", "pegasus", "blenderbot", "plbart", "trocr", "whisper", "mvp",
-    "bigbird_pegasus", "blenderbot-small", "xlnet", "reformer", "cpmant", "git", "blt",
-    "musicgen", "musicgen_melody", "gemma4_assistant", "gemma4_unified_assistant",
-}  # fmt: skip
-"""Model types the library lists as causal but that are encoders, halves of encoder-decoders, prefix-masked, or read
-more than tokens (byte patches, codebooks, another model's states)."""
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
@@ -51,10 +45,10 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(base, **_source(model))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_cannot_read(model, "config", error)) from error
+        raise ModelError(cannot_read(model, "config", error)) from error
     if adapters and (beside := Path(path) / "posttrain.json").is_file():  # how a reward model pools
         vars(config).update(json.loads(beside.read_text(encoding="utf-8")))
-    _refuse_other_architectures(config, model)
+    refuse_other_architectures(config, model)
     _override(config, dict(model.config or {}))
     if model.rope_scaling:
         scale_rope(config, model.rope_scaling)
@@ -75,7 +69,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
     except Exception as error:  # the library raises a dozen kinds here, all of them meaning "no usable tokenizer"
-        raise ModelError(_cannot_read(model, "tokenizer", error)) from error
+        raise ModelError(cannot_read(model, "tokenizer", error)) from error
     if model.chat_template:
         file = Path(model.chat_template).expanduser()
         is_file = len(model.chat_template) < 4096 and "{" not in model.chat_template
@@ -103,7 +97,7 @@ def load_model(
     if scores:
         _prepare_scores(config, model)
     else:
-        _refuse_scores(model)
+        refuse_scores(model)
     attention = _attention(model)
     if model.init == "config":
         torch.manual_seed(seed)
@@ -125,7 +119,7 @@ def load_shape(
     if scores:
         _prepare_scores(config, model)
     else:
-        _refuse_scores(model)
+        refuse_scores(model)
     network: Any = _auto(scores).from_config(config, dtype=dtype, **_attention(model), **_remote(model))
     if quantization:
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -150,19 +144,10 @@ def _auto(scores: bool) -> Any:
 
 
 def _prepare_scores(config: PreTrainedConfig, model: ModelConfig) -> None:
-    """One label; refuses architectures that the library gives no sequence classifier."""
-    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        raise ModelError(
-            f"{model.path} is a {config.model_type} model, which transformers has no sequence classifier for, and so no "
-            "reward model that others could load; use another family (llama, qwen, mistral, gemma, gpt2, ...)"
-        )
+    """One label."""
+    refuse_unscored(config, model)
     if config.num_labels != 1:
         config.num_labels = 1
-
-
-def _refuse_scores(model: ModelConfig) -> None:
-    if is_reward_model(resolve_path(model.path)):
-        raise ModelError(f"model.path={model.path} is a reward model: it scores answers and writes none; give a policy")
 
 
 def _load_weights(
@@ -177,36 +162,15 @@ def _load_weights(
     base, adapters = lineage(path)
     refuse_parts(base)
     if adapters and quantization:
-        merged = "fold it in with posttrain merge and give the result, or go on training it: "
-        on = f"{merged}model.path={base} adapter=qlora adapter.path={path}"
-        raise ModelError(
-            f"model.path={model.path} is an adapter, which would have to be folded into 4-bit weights for adapter=qlora; "
-            f"{'take adapter=lora' if nonlinear(path) else on}"
-        )
+        refuse_folding_into_4bit(model)
     extra = {"quantization_config": quantization} if quantization else {}
     exact = torch.float32 if adapters else dtype
-    try:
-        loaded: Any = _auto(scores).from_pretrained(
-            base, config=config, dtype=exact, output_loading_info=True, **attention, **extra, **_source(model)
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelError(_cannot_read(model, "weights", error)) from error
-    except SafetensorError as error:
-        cut = f"{error}; a .safetensors file there is cut short or is no such file"
-        raise ModelError(_cannot_read(model, "weights", cut)) from error
-    network, info = loaded
+    network, info = _read(model, base, scores, config=config, dtype=exact, **attention, **extra)
     missing = sorted(info.get("missing_keys", ()))
     if scores and missing == ["score.weight"]:
         missing = []
         zero_score(network)
-    if missing:
-        raise ModelError(
-            f"{model.path} lacks {len(missing)} of the weights its config asks for (first: {', '.join(missing[:3])}); "
-            "use a complete checkpoint, or model.init=config for random weights"
-        )
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if mismatched:
-        raise ModelError(f"the weights of {model.path} do not fit model.config: {', '.join(mismatched[:3])}")
+    refuse_unfit(model, missing, sorted(str(key) for key in info.get("mismatched_keys", ())))
     if model.gguf_file:
         _forget_quantization(network)
     for adapter in adapters:
@@ -214,6 +178,20 @@ def _load_weights(
     if adapters:
         network.to(dtype).name_or_path = network.config._name_or_path = path  # the base of an adapter that comes on top
     return network
+
+
+def _read(model: ModelConfig, base: str, scores: bool, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The network in the files, and which weights were missing or did not fit."""
+    try:
+        loaded: tuple[Any, dict[str, Any]] = _auto(scores).from_pretrained(
+            base, output_loading_info=True, **settings, **_source(model)
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(cannot_read(model, "weights", error)) from error
+    except SafetensorError as error:
+        cut = f"{error}; a .safetensors file there is cut short or is no such file"
+        raise ModelError(cannot_read(model, "weights", cut)) from error
+    return loaded
 
 
 def _forget_quantization(network: Any) -> None:
@@ -242,19 +220,6 @@ def _own_memory(network: PreTrainedModel) -> None:
             seen.add(tensor.data_ptr())
 
 
-def _refuse_other_architectures(config: PreTrainedConfig, model: ModelConfig) -> None:
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False) or kind in NOT_DECODERS:
-        raise ModelError(
-            f"{model.path} is a {kind} model: an encoder, encoder-decoder or prefix model. "
-            "posttrain trains causal decoders only (llama, qwen, mistral, gemma, gpt2, ...)"
-        )
-    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (remote and model.trust_remote_code):
-        hint = "; its code comes with it: model.trust_remote_code=true runs that code" if remote else ""
-        raise ModelError(f"{model.path} is a {kind} model, which transformers has no causal language model for{hint}")
-
-
 def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
     for key, value in overrides.items():
         if not hasattr(config, key):
@@ -262,21 +227,3 @@ def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
             hint = f"; did you mean model.config.{near[0]}?" if near else ""
             raise ModelError(f"model.config.{key} is not a key of the {config.model_type} architecture{hint}")
         setattr(config, key, value)
-
-
-def _cannot_read(model: ModelConfig, what: str, error: Exception | str) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    path = resolve_path(model.path)
-    base, adapters = lineage(path)
-    if adapters:
-        return (
-            f"model.path={model.path} is an adapter, and the {what} of its base {base} cannot be read: {first_line}. Give both "
-            f"apart: model.path=BASE adapter={'bottleneck' if nonlinear(path) else 'lora'} adapter.path={path}"
-        )
-    if Path(path).is_dir():
-        found = ", ".join(sorted(p.name for p in Path(path).iterdir())[:8]) or "nothing"
-        return f"cannot read the {what} of model.path={model.path} (it holds: {found}): {first_line}"
-    return (
-        f"cannot read the {what} of model.path={model.path}: no such directory, and the hub gave: {first_line}. "
-        "Give a directory with config.json and weights, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
-    )

@@ -221,7 +221,9 @@ def find(name: str) -> type[Stage]:
 
 
 GROUP = "posttrain.stages"
-NOT_STAGES = {"base", "controls", "experience", "likelihood", "policy_gradient", "preferences"}
+NOT_STAGES = {
+    "base", "controls", "experience", "likelihood", "policy_gradient", "ppo_options", "preferences", "recomputed", "responses",
+}  # fmt: skip
 
 
 def _is_stage(value: Any) -> bool:

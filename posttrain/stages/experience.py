@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from posttrain import stats
-from posttrain.data.loader import evaluation_batches, gather
-from posttrain.data.tokens import Examples, TokenGroup
-from posttrain.models.sharding import is_sharded
-from posttrain.rollout import Generation, Request, Sampling
+from posttrain.data.tokens import TokenGroup
+from posttrain.rollout import Request
+from posttrain.sampling import Sampling
+from posttrain.stages.recomputed import token_columns
+from posttrain.stages.responses import answered, laid_out
+from posttrain.writer import Generation
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
@@ -54,13 +56,6 @@ class Experience:
         """Nats a response by which the policy has left the reference, estimated on its own samples."""
         return float((self.logprobs - self.reference).sum(1).mean())
 
-    def _laid_out(
-        self, groups: dict[int, TokenGroup], positions: Sequence[int] | np.ndarray, layout: str
-    ) -> list[TokenGroup]:
-        if layout != "shared":
-            return [groups[int(i)] for i in positions]
-        return [joined([groups[i] for i in part]) for part in _by_prompt(positions, self.samples)]
-
     def put(self, name: str, values: Tensor) -> None:
         """Give each response its tokens' values [B, T]; log-probs, reference and values go along."""
         for row, group in enumerate(self.groups):
@@ -68,7 +63,7 @@ class Experience:
 
     def minibatch(self, positions: Sequence[int] | np.ndarray, layout: str) -> list[TokenGroup]:
         """The responses at these positions as Groups to train on; in the shared layout those of a prompt are one Group."""
-        return self._laid_out(dict(enumerate(self.groups)), positions, layout)
+        return laid_out(self.groups, positions, self.samples, layout)
 
     def token_minibatch(self, steps: np.ndarray, layout: str) -> list[TokenGroup]:
         """Likewise of these token-steps alone, counted through all responses; the others are read and not trained."""
@@ -77,7 +72,7 @@ class Experience:
         chosen[steps] = True
         parts = np.split(chosen, stops[:-1])
         groups = {i: self.groups[i].only(part) for i, part in enumerate(parts) if part.any()}
-        return self._laid_out(groups, list(groups), layout)
+        return laid_out(groups, list(groups), self.samples, layout)
 
     def rollouts(self, iteration: int) -> list[dict[str, Any]]:
         """A few prompts, each with its answers and their rewards, as JSON."""
@@ -179,89 +174,9 @@ def imagined(prompts: list[TokenGroup], stage: Any) -> Experience:
     )
 
 
-def token_columns(
-    networks: Networks, supply: Supply, stage: Any, groups: list[TokenGroup]
-) -> dict[str, list[np.ndarray]]:
-    """logprobs, entropy and values under the policy as it is, reference under the reference: of each response's tokens.
-    sampled: logprobs among the tokens that could be drawn."""
-    own = _forwards(networks.policy, supply, stage, groups)
-    zeros = [np.zeros(group.trained_tokens, dtype=np.float32) for group in groups]
-    columns = {"values": zeros, "reference": own["logprobs"]} | own
-    if networks.frozen is not None:
-        with networks.frozen() as policy:
-            columns["reference"] = _forwards(policy, supply, stage, groups, bare=True)["logprobs"]
-    return columns
-
-
-@torch.no_grad()
-def _forwards(
-    policy: Any, supply: Supply, stage: Any, groups: list[TokenGroup], bare: bool = False
-) -> dict[str, list[np.ndarray]]:
-    """The work is shared by the ranks; in evaluation mode, so that no dropout stands between old and new. bare: log-probs
-    alone."""
-    runtime, shared = supply.runtime, supply.packing.layout == "shared"
-    parts_of = _by_prompt(range(len(groups)), stage.samples) if shared else [[i] for i in range(len(groups))]
-    data = Examples([joined([groups[i] for i in part]) for part in parts_of] if shared else groups)
-    was_training = policy.training
-    device = runtime.device if is_sharded(policy) else next(policy.parameters()).device  # parts may wait in host memory
-    policy.eval()
-    found: dict[str, list[Any]] = {}
-    parts = []
-    for positions, rows in evaluation_batches(data, supply.packing, runtime.rank, runtime.world):
-        batch = gather(data, positions, rows, supply.packing.layout).to(device)
-        with runtime.autocast(device):
-            scores = policy(batch, statistics=True, entropy=not bare, temperature=stage.temperature, bare=bare)
-        columns = {"logprobs": scores.logprobs}
-        if not bare:
-            columns["entropy"] = scores.statistics.entropy
-            columns["sampled"] = scores.logprobs if scores.sampled is None else scores.sampled
-            columns |= {"values": scores.values} if scores.values is not None else {}
-        used = [i for row in rows for place in row for i in parts_of[positions[place]]]
-        parts.append((used, {name: column.float().cpu().numpy() for name, column in columns.items()}))
-    policy.train(was_training)
-    for used, columns in runtime.gather(parts):
-        stops = np.cumsum([0, *(groups[i].trained_tokens for i in used)])
-        for name, column in columns.items():
-            into = found.setdefault(name, [None] * len(groups))
-            for place, i in enumerate(used):
-                into[i] = column[stops[place] : stops[place + 1]]
-    return found
-
-
-def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> TokenGroup:
-    """The prompt with this response, its tokens and its end token targets."""
-    ids = answer.ids if answer.end is None else [*answer.ids, answer.end]
-    return TokenGroup(
-        id=f"{prompt.id}.{k}", cluster=prompt.cluster, prompt=prompt.prompt, responses=[ids], masks=[[True] * len(ids)],
-        bytes=[len(text.encode())], chars=[len(text)], text=prompt.text, kept=answer.kept,
-    )  # fmt: skip
-
-
 def _written(answers: Sequence[Generation]) -> np.ndarray:
     """The log-probs that the answers were drawn with, token after token."""
     return np.concatenate([np.array(answer.logprobs) for answer in answers])
-
-
-def joined(groups: Sequence[TokenGroup]) -> TokenGroup:
-    """Responses to one prompt, each a Group of its own, as one Group."""
-    first = groups[0]
-
-    def each(name: str) -> list[Any]:
-        return [value for group in groups for value in getattr(group, name)]
-
-    tokens = {name: np.concatenate([group.tokens[name] for group in groups]) for name in first.tokens}
-    return TokenGroup(
-        first.id, first.cluster, first.prompt, each("responses"), each("masks"), each("bytes"), each("chars"), first.text,
-        tokens=tokens, kept=None if first.kept is None else each("kept"),
-    )  # fmt: skip
-
-
-def _by_prompt(positions: Sequence[int] | np.ndarray, samples: int) -> list[list[int]]:
-    """Positions of responses, those to the same prompt together, in the order in which the prompts first come."""
-    found: dict[int, list[int]] = {}
-    for position in positions:
-        found.setdefault(int(position) // samples, []).append(int(position))
-    return list(found.values())
 
 
 def _in_order(prompts: list[TokenGroup], everything: list[Any], samples: int) -> Any:

@@ -27,8 +27,7 @@ from torch.nn import Parameter
 from posttrain.data.group import Group
 from posttrain.data.loader import Step, compose
 from posttrain.data.tokens import Examples
-from posttrain.errors import ConfigError
-from posttrain.rollout import Sampling
+from posttrain.sampling import Sampling
 from posttrain.stages.base import Loss, Stage
 from posttrain.stages.controls import Controls, with_last
 from posttrain.stages.experience import Experience, collect, imagined
@@ -42,6 +41,7 @@ from posttrain.stages.policy_gradient import (
     value_loss,
     whiten,
 )
+from posttrain.stages.ppo_options import facts_of, refuse_options
 
 if TYPE_CHECKING:
     from posttrain.data.batches import Batch
@@ -97,35 +97,7 @@ class PPO(Stage):
     entropy_weight: float = field(default=0.0, metadata={"min": 0})
 
     def check(self) -> None:
-        if not self.rewards:
-            raise ConfigError("stage.rewards is empty; try [number], [exact] or [my_module:my_function]")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
-            raise ConfigError(
-                f"stage.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} stage.rewards; give "
-                "each reward its weight"
-            )
-        if self.advantage in ("group", "leave_one_out") and self.samples < 2:
-            raise ConfigError(
-                f"stage.advantage={self.advantage} compares a prompt's answers, and stage.samples={self.samples}; try "
-                "stage.samples=8, or stage.advantage=gae"
-            )
-        if self.critic_warmup and not self.needs_critic:
-            raise ConfigError(
-                f"stage.critic_warmup={self.critic_warmup}, but stage.advantage={self.advantage} has no critic; set it to 0, or "
-                "take stage.advantage=gae"
-            )
-        if self.kl_estimator == "full" and (self.kl_in == "reward" or not self.beta):
-            raise ConfigError(
-                f"stage.kl_estimator=full is of the KL in the loss, and stage.kl_in={self.kl_in}, stage.beta={self.beta:g}; "
-                "try stage=ppo_kl stage.kl_estimator=full"
-            )
-        if self.rollout_server is not None and (self.top_k is not None or self.top_p < 1):
-            raise ConfigError(
-                f"stage.top_k={self.top_k}, stage.top_p={self.top_p:g}: a server does not say which tokens it left out, without "
-                "which the ratio of new to old is biased; leave both off, or leave stage.rollout_server null"
-            )
-        if self.kl_target is not None and not self.beta:
-            raise ConfigError("stage.kl_target moves stage.beta, which is 0; try stage.beta=0.05")
+        refuse_options(self)
 
     @property
     def needs_critic(self) -> bool:
@@ -152,24 +124,7 @@ class PPO(Stage):
         return self.epochs * self.minibatches
 
     def facts(self) -> list[tuple[str, str]]:
-        answers = (
-            f"{self.samples} to each prompt, at most {self.max_new_tokens} tokens, temperature {self.temperature:g}"
-            + (f", top_k {self.top_k}" if self.top_k is not None else "")
-            + (f", top_p {self.top_p:g}" if self.top_p < 1 else "")
-        )
-        whitened = ", whitened" if self.whiten and self.advantage in ("gae", "return") else ""
-        penalty = (
-            "none" if not self.beta else f"{self.beta:g} in {'reward and loss' if self.kl_in == 'both' else self.kl_in}"
-        )
-        rescaled = "; whitening rescales it" if whitened and self.beta and self.kl_in != "reward" else ""
-        return [
-            ("answers", answers),
-            (
-                "rewards",
-                f"{', '.join(self.rewards)}; advantage {self.advantage}{whitened}; KL penalty {penalty}{rescaled}",
-            ),
-            ("iteration", f"{self.updates} steps: {self.epochs} epochs of {self.minibatches} minibatches"),
-        ]
+        return facts_of(self)
 
     def group_settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens}

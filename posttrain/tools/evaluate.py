@@ -35,7 +35,8 @@ from posttrain.startup import open_runtime
 from posttrain.summary import Summary
 from posttrain.supply import let_judge, open_supply, stop_ids
 from posttrain.together import together
-from posttrain.tools.harness import HarnessResult, open_tasks, run_tasks
+from posttrain.tools.harness import HarnessResult, run_tasks
+from posttrain.tools.harness_tasks import open_tasks
 
 if TYPE_CHECKING:
     from posttrain.config import Config

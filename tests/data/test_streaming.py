@@ -23,7 +23,7 @@ from posttrain.data.streaming import readers
 from posttrain.data.streaming.prepare import prepare_stream
 from posttrain.data.streaming.stream import Stream, StreamLoader
 from posttrain.data.text import placed_blocks, text_blocks
-from posttrain.data.tokens import TokenDataset
+from posttrain.data.token_dataset import TokenDataset
 from posttrain.errors import CheckpointError, ConfigError, DataError
 from posttrain.models.load import load_tokenizer
 

@@ -21,7 +21,8 @@ from posttrain.data.streaming.identity import keys_of
 from posttrain.data.streaming.readers import Reading, RowReader, StreamTokenizer, TextReader, whole
 from posttrain.data.streaming.stream import Stream
 from posttrain.data.streaming.tally import Tally
-from posttrain.data.tokens import Examples, TokenDataset, TokenGroup, Writer, read
+from posttrain.data.token_dataset import TokenDataset, Writer, read
+from posttrain.data.tokens import Examples, TokenGroup
 from posttrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
