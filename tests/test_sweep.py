@@ -144,7 +144,7 @@ def test_all_jobs_that_cannot_be(posttrain_process: Run) -> None:
 
 def test_a_signal_stops_the_sweep_and_it_goes_on(posttrain_process: Run) -> None:
     """The job that runs saves its checkpoint; those after it wait."""
-    command = small("optim.lr=1e-4,1e-3", "train.steps=6")
+    command = small("optim.lr=1e-4,1e-3", "train.steps=60")
     sent = ["posttrain.train:check_finite", 3, signal.SIGTERM]
     stopped = posttrain_process(*command, verb="--multirun", launches=True, send_up=sent)
     assert stopped["status"] == 143, stopped["output"]

@@ -55,8 +55,20 @@ def lineage(path: str) -> tuple[str, list[str]]:
         if path in adapters:
             raise ModelError(f"{path} names itself as its base model")
         adapters.insert(0, path)
-        path = resolve_path(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        path = _base_of(config)
     return path, adapters
+
+
+def _base_of(config: Path) -> str:
+    """The model that an adapter_config.json names."""
+    base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        return resolve_path(base)
+    except ModelError as error:
+        raise ModelError(
+            f"the adapter {config.parent} is of the model at {base}, which is not there: put it there, or write where it is into "
+            f"{config} (base_model_name_or_path)"
+        ) from error
 
 
 def refuse_parts(path: str) -> None:

@@ -1,6 +1,7 @@
 """A run trained with an adapter is a model like any other: the adapter is folded into the weights below it."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def test_the_next_run_starts_where_the_adapters_run_ended(run: Run) -> None:
 def test_an_adapter_on_an_adapter_is_saved_with_both_below_it(run: Run) -> None:
     run(*ADAPTER, "run.dir=a")
     second = run(*ADAPTER, "model.path=a", "run.dir=b")
-    assert lineage("b/model")[1] == ["a/model", "b/model"]
+    assert lineage("b/model")[1] == [os.path.abspath("a/model"), "b/model"]
     third = run("model.path=b", "run.dir=c", "train.steps=1")
     assert third.start["nll"]["value"] == pytest.approx(second.metrics["nll"]["value"], rel=1e-5)
     merge(["b", "merged"])
@@ -81,3 +82,13 @@ def test_an_adapter_of_another_model_is_refused(run: Run) -> None:
     config.write_text(json.dumps(made | {"r": 4}))
     with pytest.raises(ModelError, match=r"the adapter a/model does not fit"):
         run("model.path=a", "run.dir=b")
+
+
+def test_a_base_that_has_moved_is_told(run: Run) -> None:
+    run(*ADAPTER, "run.dir=a", "train.steps=1")
+    run("model.path=a", *ADAPTER, "run.dir=b", "train.steps=1")
+    Path("a").rename("elsewhere")
+    with pytest.raises(
+        ModelError, match=r"the adapter b/model is of the model at \S*/a/model, which is not there: put it there"
+    ):
+        run("model.path=b", "run.dir=c")
