@@ -129,7 +129,7 @@ def watching() -> Iterator[Measured]:
 
     found = Measured()
     fit, update = train.Trainer._fit, train.Trainer._update
-    save_checkpoint, save_model = train.save_checkpoint, train.save_model
+    save_checkpoint, write_model = train.save_checkpoint, train.write_model
 
     def timed_fit(self: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # the largest resident set counts from here
@@ -147,12 +147,12 @@ def watching() -> Iterator[Measured]:
         found.seconds.append(time.perf_counter() - began)
 
     train.Trainer._fit, train.Trainer._update = timed_fit, timed_update  # type: ignore[method-assign]
-    train.save_checkpoint = train.save_model = lambda *_, **__: None  # type: ignore[assignment]
+    train.save_checkpoint = train.write_model = lambda *_, **__: None  # type: ignore[assignment]
     try:
         yield found
     finally:
         train.Trainer._fit, train.Trainer._update = fit, update  # type: ignore[method-assign]
-        train.save_checkpoint, train.save_model = save_checkpoint, save_model
+        train.save_checkpoint, train.write_model = save_checkpoint, write_model
 
 
 def allocated(events: Any, window: list[int]) -> int:
@@ -229,7 +229,8 @@ def section(found: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
         f"Random weights, Llama's architecture, {MODEL['num_hidden_layers']} layers of {MODEL['hidden_size']}, "
         f"{MODEL['vocab_size']:,} tokens; three steps; `posttrain plan` ran one layer.",
         "Memory: the most of torch's allocator in the training loop, MiB. Time: of an optimizer step, the first left out.",
-        f"Cases with ddp or fsdp: of the fuller of {RANKS} gloo ranks; their memory alone.",
+        f"Cases with ddp, fsdp or ZeRO: of the fuller of {RANKS} gloo ranks; their memory alone, which differs by up to 14 % "
+        "from run to run, for gloo holds copies of what it sends.",
         "",
         "| case | at most in | planned | measured | ratio | planned s | measured s | ratio |",
         "|---|---|---|---|---|---|---|---|",
