@@ -51,9 +51,13 @@ def estimate(
     """module: the trained network's shapes (models.networks.build_network, shape_only); its parameters become real,
     a layer's worth."""
     world, process = loader.world, resident() if runtime.device.type == "cpu" else 0
-    host, stage = cfg.distribution.cpu_offload, cfg.distribution.zero_stage
+    host, stage, gloo = (
+        cfg.distribution.cpu_offload,
+        cfg.distribution.zero_stage,
+        runtime.device.type == "cpu" and world > 1,
+    )
     run = Run(
-        held_by(module), sharing(cfg.distribution.name, world, stage, host), AVERAGES_BYTES[cfg.optim.name], [],
+        held_by(module), sharing(cfg.distribution.name, world, stage, host, gloo), AVERAGES_BYTES[cfg.optim.name], [],
         OutsideBytes(0, 0, 0, 0, 0), False, cfg.train.gradient_checkpointing, runtime.compute_dtype.itemsize,
         2 if cfg.optim.name == "adamw_bf16" else 4, frozen_beside(cfg, module, runtime.compute_dtype),
     )  # fmt: skip

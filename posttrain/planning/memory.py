@@ -81,7 +81,8 @@ class OutsideBytes:
 class Sharing:
     """How much of each a rank holds; others: of a reference. gathers: whole layers come together while they compute. host:
     gradients and optimizer are off the device, host_weights: weights too. always: gradients stay allocated between steps. zero:
-    DeepSpeed's stage, which keeps an fp32 copy of its part of the weights; stage 3 begins with whole ones."""
+    DeepSpeed's stage, which keeps an fp32 copy of its part of the weights; stage 3 begins with whole ones. twice: what is
+    gathered for a whole pass is there twice, for gloo lets go late of the buffer that it came in."""
 
     parameters: float = 1.0
     gradients: float = 1.0
@@ -92,13 +93,14 @@ class Sharing:
     host_weights: bool = False
     always: bool = False
     zero: int = 0
+    twice: bool = False
 
 
-def sharing(name: str, world: int, zero_stage: int = 3, host: bool = False) -> Sharing:
-    """distribution=name over `world` ranks."""
+def sharing(name: str, world: int, zero_stage: int = 3, host: bool = False, gloo: bool = False) -> Sharing:
+    """distribution=name over `world` ranks, which are joined by gloo (CPUs) or NCCL."""
     part = 1 / world
     if name == "fsdp":
-        return Sharing(part, part, part, others=part, gathers=True, host=host, host_weights=host)
+        return Sharing(part, part, part, others=part, gathers=True, host=host, host_weights=host, twice=gloo)
     if name == "deepspeed":
         in_parts = zero_stage == 3
         return Sharing(part if in_parts else 1.0, part, part, gathers=in_parts, host=host, zero=zero_stage)
@@ -159,7 +161,8 @@ class Run:
             )
         else:
             layer = min(held.layer_bytes, held.layer * self.compute)
-        return {"gathered weights": round(2 * layer) + held.outside_bytes if self.share.gathers else 0}
+        outside = held.outside_bytes * (2 if self.share.twice else 1)
+        return {"gathered weights": round(2 * layer) + outside if self.share.gathers else 0}
 
     @property
     def _gathered_backward(self) -> Moment:

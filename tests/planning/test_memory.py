@@ -67,6 +67,8 @@ def test_sharded_over_four() -> None:
     writing = replace(RUN, held=held, share=sharing("fsdp", 4), compute=2, cache=10)
     assert sums(writing)["sampling"] == 1_000 + 2_000 + 10 + 2_000  # all 1,000 numbers come together
     assert sums(replace(RUN, share=sharing("fsdp", 4, host=True)))["update"] == 0
+    late = replace(RUN, share=sharing("fsdp", 4, gloo=True), compute=2)
+    assert sums(late)["forward"] == 4_000 + 1_000 + 90 + gathered + 400  # what is outside, once more
 
 
 def test_zero_over_four() -> None:
