@@ -25,8 +25,7 @@ def open_frozen(cfg: Config, runtime: Runtime, policy: Any, is_start: bool) -> F
     if runtime.shards:  # parts cannot be copied as they are: what the run began with is read once more
         network = reference_network(cfg, runtime).requires_grad_(False).eval()
         return lambda: nullcontext(network)
-    in_parts = runtime.zero is not None and runtime.zero.stage == 3
-    same = cfg.model.reference is None and is_start and not in_parts
+    same = cfg.model.reference is None and is_start and policy.gather_all is None  # parts cannot be copied
     reference = _copy(policy) if same else reference_network(cfg, runtime)
     return Kept(reference, cfg.model.frozen_device, runtime.device)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.data.tokens import TokenGroup
 from posttrain.errors import ConfigError, DataError
+from posttrain.generation import Generation
 from posttrain.reward_model import RewardModelJudge
 from posttrain.rewards import Reward, open_reward
-from posttrain.writer import Generation
 
 if TYPE_CHECKING:
     from posttrain.config import Config

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from posttrain.library_writer import LibraryWriter
+from posttrain.generation import Generation, KVCacheGenerator
+from posttrain.library_generation import LibraryGenerator
 from posttrain.models.policy import Policy
 from posttrain.models.rope import position_limit
 from posttrain.models.sharding import gathered
 from posttrain.sampling import Sampling, uniforms
-from posttrain.writer import Generation, Writer
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks
@@ -92,7 +92,7 @@ def generate(
     limit = position_limit(policy.network.config)  # an answer ends where the positions do
     with gathered(policy), _evaluating(policy):
         ours = attends(policy, device)
-        write = (Writer if ours else LibraryWriter)(policy, ends, pad, sampling, device)
+        write = (KVCacheGenerator if ours else LibraryGenerator)(policy, ends, pad, sampling, device)
         for part in buckets(prompts, max_new_tokens, batch_tokens, samples, padded=ours):
             given = [prompts[i] for i in part]
             room = max(1, min(max_new_tokens, limit - max(map(len, given)))) if limit else max_new_tokens

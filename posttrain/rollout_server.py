@@ -20,11 +20,11 @@ import numpy as np
 
 from posttrain.disk import whole_directory, writing
 from posttrain.errors import ConfigError, TrainingError
+from posttrain.generation import Generation
 from posttrain.models.bottleneck import Bottleneck
 from posttrain.models.export import save_model
 from posttrain.rollout import Request
 from posttrain.saving import collected
-from posttrain.writer import Generation
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks

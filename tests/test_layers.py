@@ -12,7 +12,7 @@ PACKAGE = Path(posttrain.__file__).parent
 STOREYS = [
     {"stats", "errors", "places", "disk", "allocator", "launch"},
     {"data", "models"},
-    {"rollout", "writer", "library_writer", "sampling", "rewards", "verify", "optim", "stochastic_rounding"},
+    {"rollout", "generation", "library_generation", "sampling", "rewards", "verify", "optim", "stochastic_rounding"},
     {"stages"},
     {
         "train",

@@ -9,13 +9,13 @@ import pytest
 import torch
 from families import FAMILIES, REFUSED, policy
 
-from posttrain import writer
+from posttrain import generation
 from posttrain.data.batches import collate
 from posttrain.data.tokens import TokenGroup
+from posttrain.generation import Generation
 from posttrain.models.policy import Policy
 from posttrain.rollout import generate
 from posttrain.sampling import Sampling, filtered, pick
-from posttrain.writer import Generation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*mamba.*"),
@@ -73,7 +73,7 @@ def test_rows_that_finished_leave_and_change_nothing(monkeypatch: pytest.MonkeyP
     model, sampling = policy("llama"), Sampling(1.0)
     found = answers(model, sampling=sampling, samples=4)
     assert {a.finished for a in found} == {True, False}
-    monkeypatch.setattr(writer, "LEAVE", -1.0)
+    monkeypatch.setattr(generation, "LEAVE", -1.0)
     stayed = answers(model, sampling=sampling, samples=4)
     assert [a.ids for a in stayed] == [a.ids for a in found]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from posttrain import stats
 from posttrain.data.tokens import TokenGroup
+from posttrain.generation import Generation
 from posttrain.rollout import Request
 from posttrain.sampling import Sampling
 from posttrain.stages.recomputed import token_columns
 from posttrain.stages.responses import answered, laid_out
-from posttrain.writer import Generation
 
 if TYPE_CHECKING:
     from posttrain.models.networks import Networks

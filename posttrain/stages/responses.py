@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.data.tokens import TokenGroup
-from posttrain.writer import Generation
+from posttrain.generation import Generation
 
 
 def answered(prompt: TokenGroup, answer: Generation, k: int, text: str) -> TokenGroup:

@@ -24,6 +24,15 @@ def job(name: str) -> Any:
     return found
 
 
+def refusal(resource: dict[str, Any], version: str) -> str | None:
+    """What the API's schema has against it."""
+    try:
+        kubernetes_validate.validate(resource, version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return str(error)
+    return None
+
+
 def containers(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     (prepare,), (train,) = spec["initContainers"], spec["containers"]
     assert (prepare["name"], train["name"]) == ("prepare", "train")
@@ -33,8 +42,13 @@ def containers(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("version", [OLDEST, kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.name)
 def test_the_api_takes_it(file: Path, version: str) -> None:
-    for resource in resources(file):
-        kubernetes_validate.validate(resource, version, strict=True)
+    assert [refusal(resource, version) for resource in resources(file)] == [None] * len(resources(file))
+
+
+def test_a_mistake_would_be_found() -> None:
+    wrong = job("job.yaml")
+    wrong["spec"]["template"]["spec"]["containers"][0]["image_"] = wrong["spec"].pop("backoffLimit")
+    assert "image_" in str(refusal(wrong, OLDEST))
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "nodes.yaml"])

@@ -36,7 +36,7 @@ class Generation:
         return self.end is not None
 
 
-class Writer:
+class KVCacheGenerator:
     """Our own loop over attention's cache."""
 
     def __init__(self, policy: Policy, ends: set[int], pad: int, sampling: Sampling, device: Any) -> None:

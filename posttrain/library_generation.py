@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from posttrain.generation import Generation, left_padded
 from posttrain.models.policy import Policy
 from posttrain.sampling import Sampling, kept_ids
-from posttrain.writer import Generation, left_padded
 
 
-class LibraryWriter:
+class LibraryGenerator:
     """The library's generate, for models that keep another kind of state."""
 
     def __init__(self, policy: Policy, ends: set[int], pad: int, sampling: Sampling, device: Any) -> None:
