@@ -1,4 +1,4 @@
-"""What stands in a run's directory before its first step, and what its end puts there. Rank 0 only."""
+"""What stands in a run's directory before its first step, what an evaluation leaves there, and its end. Rank 0 only."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class StopRequest:
 
         def handle(number: int, frame: Any) -> None:
             if self.number:
-                if "LOCAL_RANK" in os.environ and time.monotonic() - self.came < ECHO_S:
+                if "RANK" in os.environ and time.monotonic() - self.came < ECHO_S:
                     return
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)

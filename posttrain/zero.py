@@ -16,15 +16,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.errors import CheckpointError, ConfigError
-
-SMALL = 10_000
-"""Weights of so few numbers, as those of norms, are whole on every rank in stage 3 too."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 25_000_000
@@ -44,7 +41,8 @@ class Zero(nn.Module):
     """Stage 2: what stages call in the policy's place, and the optimizer's steps. optimizer: torch's AdamW, with its state of a
     checkpoint if there is one. half: what the forward pass computes in, None for the weights' own dtype."""
 
-    stage = 2
+    settings: ClassVar[dict[str, Any]] = {"stage": 2}
+    """DeepSpeed's own, of zero_optimization."""
 
     def __init__(
         self,
@@ -60,17 +58,21 @@ class Zero(nn.Module):
         optimizer.state.clear()
         device = next(policy.parameters()).device.type
         self.policy = InPrecision(policy, device, half)
-        self.environment = ExitStack()
-        self.environment.enter_context(_local_rank())
-        self.engine: Any = _engine(self.policy, optimizer, self.stage, offload, max_norm, device)
-        self._fill(known)
+        with ExitStack() as changed:  # of the process: given back at the end, or at once where this fails
+            changed.enter_context(_local_rank())
+            changed.callback(
+                setattr, nn.functional, "linear", nn.functional.linear
+            )  # stage 3 puts another in its place
+            self.engine: Any = _engine(self.policy, optimizer, self.settings, offload, max_norm, device)
+            self._fill(known)
+            self.changed = changed.pop_all()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.policy.restored(self.engine(*args, **kwargs))
 
     def close(self) -> None:
         """The run is over, and the process may hold another."""
-        self.environment.close()
+        self.changed.close()
 
     def accumulates(self, last: bool) -> None:
         """Whether the next backward is the step's last."""
@@ -169,7 +171,12 @@ class InPrecision(nn.Module):
 
 
 def _engine(
-    module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, offload: bool, max_norm: float, device: str
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    offload: bool,
+    max_norm: float,
+    device: str,
 ) -> Any:
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -180,10 +187,7 @@ def _engine(
     deepspeed.utils.logger.addFilter(_concerns_the_user)
     if device == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it would compile its own all-reduce here, in every rank
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    if stage == 3:  # by default a billion numbers may stay gathered, and small weights are never split
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_reuse_distance": BUCKET}
-        zero["stage3_param_persistence_threshold"] = SMALL
+    zero: dict[str, Any] = {**settings, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device == "cuda"}
     config = {

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from posttrain.errors import ConfigError
 from posttrain.models.logprobs import is_plain_linear
-from posttrain.zero import Zero
+from posttrain.zero import BUCKET, Zero
+
+SMALL = 10_000
+"""Weights of so few numbers, as those of norms, stay whole on every rank."""
 
 
 class Zero3(Zero):
     """Zero with its weights in parts; `Zero` tells of the rest."""
 
-    stage = 3
+    settings: ClassVar[dict[str, Any]] = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_reuse_distance": BUCKET,  # by default a billion numbers may stay gathered
+        "stage3_param_persistence_threshold": SMALL,
+    }
 
     def __init__(self, policy: Any, *args: Any) -> None:
         head = getattr(policy, "head", None)
@@ -31,7 +39,6 @@ class Zero3(Zero):
                 "time, more often on one rank than on another, and ZeRO 3 waits for equal calls; set distribution=fsdp, or "
                 "distribution.zero_stage=2"
             )
-        self.linear = nn.functional.linear  # the engine puts another in its place, for all that this process runs
         super().__init__(policy, *args)
         from deepspeed.runtime.zero import register_external_parameter
 
@@ -39,10 +46,6 @@ class Zero3(Zero):
         for parameter in () if head is None else head.parameters():  # log-probs read it without a call
             for module in (policy, self.policy):
                 register_external_parameter(module, parameter)
-
-    def close(self) -> None:
-        super().close()
-        nn.functional.linear = self.linear
 
     def _parts(self) -> list[tuple[list[nn.Parameter], Tensor]]:
         zero = self.engine.optimizer

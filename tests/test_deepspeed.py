@@ -20,7 +20,8 @@ import posttrain
 from posttrain import zero
 from posttrain.config import resolve
 from posttrain.errors import ConfigError
-from posttrain.zero3 import Zero3
+from posttrain.zero import Zero
+from posttrain.zero3 import SMALL, Zero3
 
 Run = Callable[..., Any]
 needs_deepspeed = pytest.mark.skipif(
@@ -126,10 +127,20 @@ def test_an_adapted_output_layer_is_refused() -> None:
 
 @pytest.mark.long
 @needs_deepspeed
-def test_one_process_alone_may_have_zero_3(run: Run) -> None:
+def test_one_process_alone_may_have_zero_3(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed asks for a launcher's variables there, which must not outlive the run."""
+    ended: list[tuple[int, set[int]]] = []
+    close = Zero.close
+
+    def ending(self: Any) -> None:
+        parts = {p.numel() for p in self.policy.parameters() if getattr(p, "ds_numel", 0) > SMALL}
+        ended.append((self.engine.zero_optimization_stage(), parts))
+        close(self)
+
+    monkeypatch.setattr(Zero, "close", ending)
     run(*COMMON, "run.dir=one")
     run(*COMMON, *ZERO[3], "run.dir=zero")
+    assert ended == [(3, {0})], "between uses nothing of the larger weights is there"
     assert_same_weights("one", "zero", WEIGHTS)
     assert "LOCAL_RANK" not in os.environ
     assert torch.nn.functional.linear.__module__ == "torch._C._nn"

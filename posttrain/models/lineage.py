@@ -66,8 +66,8 @@ def _base_of(config: Path) -> str:
         return resolve_path(base)
     except ModelError as error:
         raise ModelError(
-            f"the adapter {config.parent} is of the model at {base}, which is not there: put it there, or write where it is into "
-            f"{config} (base_model_name_or_path)"
+            f"the adapter {config.parent} is of the model at {base}, which cannot be read ({error}); put it there, or write "
+            f"where it is into {config} (base_model_name_or_path)"
         ) from error
 
 

@@ -83,8 +83,8 @@ def is_sharded(module: Any) -> bool:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Every weight whole on every rank, in the precision it computes in: within this block ranks may do different numbers of
-    forward passes, as in generation. Every rank must come here. Nothing happens where nothing is sharded."""
+    """Every weight whole on every rank, in the precision it computes in (ZeRO 3's as it is held): within this block ranks may do
+    different numbers of forward passes, as in generation. Every rank must come here. Nothing happens where nothing is sharded."""
     theirs = getattr(module, "gather_all", None)
     if theirs is not None:
         with theirs():

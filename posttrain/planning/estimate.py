@@ -51,13 +51,10 @@ def estimate(
     """module: the trained network's shapes (models.networks.build_network, shape_only); its parameters become real,
     a layer's worth."""
     world, process = loader.world, resident() if runtime.device.type == "cpu" else 0
-    host, stage, gloo = (
-        cfg.distribution.cpu_offload,
-        cfg.distribution.zero_stage,
-        runtime.device.type == "cpu" and world > 1,
-    )
+    split, gloo = cfg.distribution, runtime.device.type == "cpu" and world > 1
+    share = sharing(split.name, world, split.zero_stage, split.cpu_offload, gloo)
     run = Run(
-        held_by(module), sharing(cfg.distribution.name, world, stage, host, gloo), AVERAGES_BYTES[cfg.optim.name], [],
+        held_by(module), share, AVERAGES_BYTES[cfg.optim.name], [],
         OutsideBytes(0, 0, 0, 0, 0), False, cfg.train.gradient_checkpointing, runtime.compute_dtype.itemsize,
         2 if cfg.optim.name == "adamw_bf16" else 4, frozen_beside(cfg, module, runtime.compute_dtype),
     )  # fmt: skip

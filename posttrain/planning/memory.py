@@ -5,6 +5,7 @@
     backward   + gradients + the layer that is being gone through
     update     + gradients
     sampling   + the answers' keys and values
+    start      ZeRO 3: weights still whole, no optimizer yet
 
 Gradient checkpointing keeps of each layer its output; while backward goes through a layer, that one is there in full.
 """
@@ -96,7 +97,7 @@ class Sharing:
     twice: bool = False
 
 
-def sharing(name: str, world: int, zero_stage: int = 3, host: bool = False, gloo: bool = False) -> Sharing:
+def sharing(name: str, world: int, zero_stage: int, host: bool = False, gloo: bool = False) -> Sharing:
     """distribution=name over `world` ranks, which are joined by gloo (CPUs) or NCCL."""
     part = 1 / world
     if name == "fsdp":
@@ -129,7 +130,7 @@ class Run:
     sampling: int = 0
 
     def moments(self) -> dict[str, Moment]:
-        """forward, backward, update, and evaluation or sampling where they are measured."""
+        """forward, backward, update, evaluation or sampling where they are measured, and ZeRO 3's start."""
         grads = self._gradients
         found = {
             "forward": self._at(grads if self.accumulates or self.share.always else 0, self._forward()),
@@ -153,9 +154,9 @@ class Run:
     @property
     def _gathered(self) -> Moment:
         """Whole weights: the layer that computes and the next, in the compute dtype or in fewer bytes where they are held so,
-        and what is outside, as it is held (sharding.py)."""
+        and what is outside, as it is held (sharding.py); ZeRO's as they are held, and as much ahead as a bucket holds."""
         held = self.held
-        if self.share.zero:  # as it is held, and as much ahead
+        if self.share.zero:
             layer = max(
                 held.layer_bytes, min(ZERO_BUCKETS, held.parameters - held.outside_bytes - held.layer_bytes) / 2
             )
@@ -172,9 +173,10 @@ class Run:
 
     @property
     def _gathered_sampling(self) -> Moment:
-        """All weights, in the compute dtype: ranks write different numbers of tokens."""
-        whole = min(self.held.parameters, self.held.numbers * self.compute) if self.share.gathers else 0
-        return {"gathered weights": whole}
+        """All weights, in the compute dtype (ZeRO's as they are held): ranks write different numbers of tokens."""
+        held = self.held.parameters
+        whole = held if self.share.zero else min(held, self.held.numbers * self.compute)
+        return {"gathered weights": whole if self.share.gathers else 0}
 
     def _at(self, gradients: int, more: Moment) -> Moment:
         part = self.share

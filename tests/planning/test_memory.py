@@ -19,7 +19,7 @@ HELD = Held(
     outside=100,
     outside_bytes=400,
 )
-RUN = Run(HELD, sharing("single", 1), 8.0, LAYERS, OUTSIDE, accumulates=True, checkpointing=False)
+RUN = Run(HELD, sharing("single", 1, 2), 8.0, LAYERS, OUTSIDE, accumulates=True, checkpointing=False)
 
 
 def sums(run: Run) -> dict[str, int]:
@@ -41,8 +41,10 @@ def test_one_micro_batch_has_no_gradients_until_its_end() -> None:
     run = replace(RUN, accumulates=False)
     assert sums(run)["forward"] == 12_000 + 1_200 + 90
     assert sums(run)["backward"] == 12_000 + 4_000 - 400 + 80  # 400 of those are in what was seen at the end
-    assert sums(replace(run, share=sharing("ddp", 2)))["forward"] == 16_000 + 1_200 + 90  # a bucket is never given back
-    assert sums(replace(run, share=sharing("ddp", 1)))["forward"] == 12_000 + 1_200 + 90
+    assert (
+        sums(replace(run, share=sharing("ddp", 2, 2)))["forward"] == 16_000 + 1_200 + 90
+    )  # a bucket is never given back
+    assert sums(replace(run, share=sharing("ddp", 1, 2)))["forward"] == 12_000 + 1_200 + 90
 
 
 def test_checkpointing_keeps_outputs_and_one_layer() -> None:
@@ -56,7 +58,7 @@ def test_sharded_over_four() -> None:
     """A quarter of weights, gradients and averages; two whole layers come together in 2 bytes, the rest in 4."""
     gathered = 2 * 90 * 2 + 100 * 4
     found = sums(
-        replace(RUN, share=sharing("fsdp", 4), compute=2, frozen=(("reference", 4_000), ("reward model", 700)))
+        replace(RUN, share=sharing("fsdp", 4, 2), compute=2, frozen=(("reference", 4_000), ("reward model", 700)))
     )
     # the reference in parts, the reward model whole
     assert found["forward"] == 4_000 + 700 + 1_000 + 1_000 + 90 + gathered  # no copies: the gathered weights are those
@@ -64,10 +66,10 @@ def test_sharded_over_four() -> None:
     assert found["backward"] == 5_700 + 1_000 + 150 + gathered + 6 * 90 + 4 * 100
     assert found["update"] == 4_000 + 700 + 1_000
     held = replace(HELD, numbers=1_000)
-    writing = replace(RUN, held=held, share=sharing("fsdp", 4), compute=2, cache=10)
+    writing = replace(RUN, held=held, share=sharing("fsdp", 4, 2), compute=2, cache=10)
     assert sums(writing)["sampling"] == 1_000 + 2_000 + 10 + 2_000  # all 1,000 numbers come together
-    assert sums(replace(RUN, share=sharing("fsdp", 4, host=True)))["update"] == 0
-    late = replace(RUN, share=sharing("fsdp", 4, gloo=True), compute=2)
+    assert sums(replace(RUN, share=sharing("fsdp", 4, 2, host=True)))["update"] == 0
+    late = replace(RUN, share=sharing("fsdp", 4, 2, gloo=True), compute=2)
     assert sums(late)["forward"] == 4_000 + 1_000 + 90 + gathered + 400  # what is outside, once more
 
 
@@ -79,6 +81,10 @@ def test_zero_over_four() -> None:
     parts = replace(RUN, frozen=beside, share=sharing("deepspeed", 4, zero_stage=3), scoring=70)
     assert sums(parts)["update"] == 1_000 + 4_000 + 1_000 + 3_000 + buckets  # the reference is whole
     assert sums(parts)["start"] == 4_000 + 70
+    # what is outside, 400, and of the layers a bucket or, as here, all: 4,000 - 400 - 360
+    assert sums(parts)["forward"] == 1_000 + 4_000 + 1_000 + 3_000 + buckets + 1_000 + 90 + 3_240 + 400
+    writing = replace(RUN, share=sharing("deepspeed", 4, zero_stage=3), compute=2, cache=10)
+    assert sums(writing)["sampling"] == 1_000 + buckets + 3_000 + 10 + 4_000  # all weights, in 4 bytes
     offloaded = replace(RUN, share=sharing("deepspeed", 4, zero_stage=3, host=True))
     assert sums(offloaded)["update"] == 1_000 + buckets  # weights stay on the device
 
@@ -99,6 +105,6 @@ def test_cache_and_nf4() -> None:
 def test_an_adapted_layer_is_gathered_as_it_is_held() -> None:
     """90 numbers, of which 80 take 40 bytes in all and 10 train in fp32: 80 bytes, less than 2 bytes each."""
     held = replace(HELD, layer_bytes=80, layer_trained=10, beside=0, outside_bytes=200)
-    found = sums(replace(RUN, held=held, share=sharing("fsdp", 4), compute=2))
+    found = sums(replace(RUN, held=held, share=sharing("fsdp", 4, 2), compute=2))
     assert found["forward"] == 4_000 + 1_000 + 90 + 2 * 80 + 200
     assert found["backward"] == 4_000 + 1_000 + 150 + 2 * 80 + 200 + 6 * 10
